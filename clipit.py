@@ -1,0 +1,209 @@
+"""CLIP-IT: a tile classifier that learned from reports and needs none.
+
+    from clipit import Classifier
+    classifier = Classifier.from_pretrained("runs/demo/base/classifier")     # text-free, plain modules
+    probabilities = classifier.predict([PIL_image, ...])                     # (B, C)
+
+Travels with lora.py (for training; a saved Classifier needs neither LoRA nor any text). The symbols of the paper:
+v = backbone(image), t = text_tower(report of the tile), t-hat = h_d(v); logits = fusion([h_v(v), h_t(t-hat)]);
+loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat)).
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from lora import merge_lora
+
+
+def load_backbone(name: str, weights=None) -> nn.Module:
+    """A timm model without its classifier: images (B, 3, H, W) -> v (B, num_features), in eval mode.
+
+    name: any timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for the published weights, a local
+    .pth, .bin or .safetensors file, or "none" for random ones. backbone.recipe tells how to build it again and how
+    its images are made: architecture, model_args, size, mean, std.
+    Raises ValueError or FileNotFoundError in words for the command line where the model cannot be had.
+    """
+    import timm
+    from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+
+    choices = "choose a timm id (vit_small_patch16_224, resnet50, ...), hf-hub:org/model or local-dir:folder"
+    source, _, place = name.partition(":")
+    config, architecture, model_args = None, name, {}
+    try:
+        if source == "local-dir":
+            config, architecture, model_args = load_model_config_from_path(place)
+        elif source in ("hf-hub", "hf_hub"):
+            config, architecture, model_args = load_model_config_from_hf(place)
+        if not timm.is_model(architecture):
+            near = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
+            raise ValueError(f"timm has no {architecture}" + (f"; near: {', '.join(near)}" if near else ""))
+        kwargs = dict(model_args or {}, num_classes=0)
+        if "vit_" in architecture:  # the paper's tiles are 224 whatever size the weights were trained at
+            kwargs["dynamic_img_size"] = True
+        backbone = timm.create_model(architecture, pretrained=weights is None, pretrained_cfg=config, **kwargs)
+    except Exception as error:  # timm and the hub raise of all kinds; what went wrong is the user's to know
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"--model {name}: could not be loaded ({first}); {choices}, or give --weights FILE") from None
+    if weights not in (None, "none"):
+        load_weights(backbone, weights)
+    data = timm.data.resolve_model_data_config(backbone)
+    backbone.recipe = dict(architecture=architecture, model_args=kwargs, size=data["input_size"][-1],
+                           mean=list(data["mean"]), std=list(data["std"]))
+    return backbone.eval()
+
+
+def load_weights(model: nn.Module, path) -> None:
+    """Load a local checkpoint into a timm model, every key; a classifier that the model does not have is left out.
+
+    Raises FileNotFoundError, or ValueError where the file is no checkpoint, holds more than tensors or belongs to
+    another architecture (the keys are named).
+    """
+    from timm.models import load_state_dict
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--weights {path}: no such file; give a .pth, .bin or .safetensors file, or `none`")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than named tensors")
+    except Exception as error:  # every kind of broken or hostile file ends here, unread
+        raise ValueError(f"--weights {path}: not a checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
+                         "expected a state dict saved by torch.save or safetensors") from None
+    own = model.state_dict()
+    classifier = tuple(f"{name}." for name in ("head", "fc", "classifier") if not any(k.startswith(f"{name}.") for k in own))
+    state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    wrong = ([f"{key} is missing" for key in own if key not in state]
+             + [f"{key} is not in the model" for key in state if key not in own]
+             + [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own
+                if key in state and state[key].shape != own[key].shape])
+    if wrong:
+        raise ValueError(f"--weights {path}: of another architecture: {'; '.join(wrong[:3])}"
+                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    model.load_state_dict(state)
+
+
+def tile_transform(size: int, mean, std):
+    """PIL image -> (3, size, size): shortest side to `size` (bilinear, antialias), centre crop, (x - mean) / std.
+
+    On uint8 tensors and in this order, as kaiko-eva's ResizeAndCrop does it (Datasets section 3.1 there). The whole
+    tile is used: no crop_pct, since a tile's border is tissue like its centre.
+    """
+    from torchvision.transforms import v2
+    return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+class ClipIT(nn.Module):
+    """The model that is trained. Its parts: backbone, text_tower, vision_head, distill_head, text_head, fusion.
+
+    backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), or None where no text is learned from;
+    kd_layers: 1 for a linear h_d, 2 for an MLP (the authors' FuserModelKD).
+    """
+
+    def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int, vision_dim: int,
+                 text_dim: int, kd_layers: int = 1):
+        super().__init__()
+        self.backbone, self.text_tower = backbone, text_tower
+        self.vision_head = nn.Linear(vision_dim, num_classes)                                           # h_v
+        self.distill_head = nn.Linear(vision_dim, text_dim) if kd_layers == 1 else nn.Sequential(       # h_d
+            nn.Linear(vision_dim, vision_dim), nn.LeakyReLU(0.1), nn.Linear(vision_dim, text_dim))
+        self.text_head = text_classifier(text_dim, num_classes)                                         # h_t
+        self.fusion = nn.Linear(2 * num_classes, num_classes)
+
+    def train(self, mode: bool = True):
+        """Batch statistics of a frozen backbone stay as they are: BatchNorm is in eval mode always."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def fuse(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """v (B, vision_dim) -> logits (B, C), t-hat (B, text_dim)."""
+        t_hat = self.distill_head(v)
+        return self.fusion(torch.cat([self.vision_head(v), self.text_head(t_hat)], dim=1)), t_hat
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The text-free path: images (B, 3, H, W) -> logits (B, C)."""
+        return self.fuse(self.backbone(images))[0]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) -> v (B, vision_dim), t-hat (B, text_dim), for other tools."""
+        v = self.backbone(images)
+        return v, self.distill_head(v)
+
+    def forward_train(self, images: Tensor, tokens: Tensor, report: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, 3, H, W), tokens (B, L) -> logits (B, C), t-hat (B, text_dim), t (B, text_dim).
+
+        With `report` (B,), tokens (R, L) holds the distinct reports of the batch and report[i] is the row of tile i:
+        tiles share reports, and each is encoded once.
+        """
+        logits, t_hat = self.fuse(self.backbone(images))
+        t = self.text_tower(tokens)
+        return logits, t_hat, t if report is None else t[report]
+
+    def to_classifier(self, classes: list[str] | None = None) -> "Classifier":
+        """The text-free classifier with LoRA merged; this model stays as it is. The backbone must come from
+        load_backbone, whose recipe the classifier is built from (ValueError otherwise)."""
+        if not hasattr(self.backbone, "recipe"):
+            raise ValueError("to_classifier: the backbone has no recipe; make it with load_backbone")
+        heads = {name: part for name, part in self.named_children() if name not in ("backbone", "text_tower")}
+        first = self.distill_head if isinstance(self.distill_head, nn.Linear) else self.distill_head[0]
+        last = self.distill_head if isinstance(self.distill_head, nn.Linear) else self.distill_head[-1]
+        classifier = Classifier(
+            **self.backbone.recipe, classes=classes or [f"class_{i}" for i in range(self.fusion.out_features)],
+            vision_dim=first.in_features, text_dim=last.out_features, kd_layers=1 if first is last else 2)
+        # the heads have no LoRA, so the backbone alone is merged
+        merged = merge_lora(self.backbone)
+        classifier.backbone.load_state_dict(merged.state_dict())
+        for name, part in heads.items():
+            getattr(classifier, name).load_state_dict(part.state_dict())
+        return classifier.eval()
+
+
+def text_classifier(text_dim: int, num_classes: int) -> nn.Module:
+    """The MLP of h_t and of the stand-alone text head: text_dim -> text_dim -> C with LeakyReLU(0.1)."""
+    return nn.Sequential(nn.Linear(text_dim, text_dim), nn.LeakyReLU(0.1), nn.Linear(text_dim, num_classes))
+
+
+def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None, kd_weight: float = 1.0):
+    """(loss, {"ce": ..., "kd": ...}): CE(logits, y) + kd_weight * mean(1 - cos(t, t-hat)).
+
+    logits (B, C), labels (B,), t_hat and t (B, text_dim). t = None is the paper's ablation without text: CE alone.
+    The authors' code takes a softmax first and so trains on CE of probabilities; the paper's CE is of logits.
+    """
+    ce = F.cross_entropy(logits, labels)
+    if t is None:
+        return ce, {"ce": ce.detach()}
+    kd = (1 - F.cosine_similarity(t, t_hat, dim=-1)).mean()
+    return ce + kd_weight * kd, {"ce": ce.detach(), "kd": kd.detach()}
+
+
+class Classifier(ClipIT, PyTorchModelHubMixin):
+    """A trained ClipIT without its text tower: plain modules, rebuilt from config.json with no download.
+
+    save_pretrained(dir) writes config.json and model.safetensors, from_pretrained(dir or hub id) reads them.
+    """
+
+    def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float], std: list[float],
+                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1):
+        import timm
+        super().__init__(timm.create_model(architecture, pretrained=False, **model_args), None, len(classes), vision_dim,
+                         text_dim, kd_layers)
+        self.classes, self.preprocess = list(classes), tile_transform(size, mean, std)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, directory_or_hub_id, **kwargs) -> "Classifier":
+        """The mixin's from_pretrained, strict: a file that does not hold every weight is refused."""
+        return super().from_pretrained(directory_or_hub_id, strict=True, **kwargs)
+
+    @torch.inference_mode()
+    def predict(self, images) -> Tensor:
+        """PIL images -> probabilities (B, C) on the CPU."""
+        device = self.fusion.weight.device
+        batch = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
+        return self(batch.to(device)).softmax(dim=1).cpu()

@@ -1,0 +1,622 @@
+"""CLIP-IT from end to end: pair, vision head, text head, fuse and distil, text-free test. Read main() as the paper.
+
+    python train.py                                        # the demo: offline, about a minute on two CPU cores
+    python train.py --ds my_tiles --reports reports.txt    # my_tiles/{train,test}/CLASS/*.png, one report a line
+    python train.py --no-text                              # the ablation: same layers and steps, no distillation
+
+A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
+predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clipit import Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
+from data import DATASETS, Tiles, dataset_folder, draw_shots, find_bad_tiles, load_reports, load_tiles, stratified_split
+from lora import inject_lora
+from pairing import cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
+
+SPLITS = ("train", "val", "test")
+
+
+def main(argv=None) -> dict:
+    """One run; returns what metrics.json holds. Raises ValueError and OSError for bad input, FloatingPointError for a
+    loss that is not finite; cli() turns them into a line and an exit code."""
+    args = parse_args(argv)
+    device = torch.device(args.device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
+    dataset_folder(args.ds)
+    torch.manual_seed(args.sd)  # of random weights, where they are asked for
+    clip = load_clip(args.clip_model, args.clip_weights, device=device)
+    backbone = load_backbone(args.model, args.weights).to(device)
+    reports = load_reports(args.reports)
+    tiles = {split: pick_tiles(split, args) for split in SPLITS}
+    labels = {split: torch.tensor(tiles[split].labels) for split in SPLITS}
+    classes = tiles["train"].classes
+    if args.batch > len(tiles["train"]):
+        raise ValueError(f"--batch {args.batch}: larger than the {len(tiles['train'])} training tiles; give a smaller one")
+    run = open_run(args, tiles, reports)
+    print(f"{args.ds}: {len(classes)} classes, tiles "
+          + ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
+          + f"; {len(reports)} reports ({len(reports) - len(set(reports))} duplicates); on {device}")
+    for name, what in ((args.model, args.weights), (args.clip_model, args.clip_weights)):
+        if what == "none":
+            print(f"{name}: random weights, as asked for; its features mean nothing")
+
+    # ---- 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is seen ----------------------------------
+    cache = Path(args.dir, "cache", slug(f"{args.ds} {args.clip_model}"))
+    text_emb, how = cached(cache / f"reports-{slug(Path(args.reports).stem)}.pt", cache_key(clip, texts=reports),
+                           lambda: embed_texts(clip, reports))                                        # (M, text_dim)
+    print(f"report features: {how}")
+    pairs, similarity = {}, {}
+    for split in SPLITS:
+        seen = tiles[split].seen_by(clip.preprocess)
+        tile_emb, how = cached(cache / f"{split}{subset_name(args)}.pt", cache_key(clip, paths=seen.paths),
+                               lambda: embed_images(clip, seen, args.batch, args.worker))             # (N, text_dim)
+        print(f"{split} tile features for pairing: {how}")
+        pairs[split], similarity[split] = nearest_text(tile_emb, text_emb)                            # (N,), (N,)
+    write_pairs(run / "pairs.csv", tiles, pairs, similarity)
+    uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
+    print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
+          f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity {torch.cat(list(similarity.values())).mean():.3f}")
+
+    # ---- 2. Vision head h_v on the frozen backbone (the unimodal row); 3. text head on the paired reports -----------
+    image_of = tile_transform(backbone.recipe["size"], backbone.recipe["mean"], backbone.recipe["std"])
+    seen = {split: tiles[split].seen_by(image_of) for split in SPLITS}
+    if args.resume and (run / "heads.pt").exists():
+        heads = torch.load(run / "heads.pt", weights_only=True)
+    else:
+        v = {split: backbone_features(backbone, seen[split], args) for split in SPLITS}               # (N, vision_dim)
+        t = {split: text_emb[pairs[split]] for split in SPLITS}                                       # (N, text_dim)
+        torch.manual_seed(args.sd)
+        vision_head = train_head(nn.Linear(v["train"].shape[1], len(classes)), v, labels, args.sd)
+        text_head = train_head(text_classifier(clip.dim, len(classes)), t, labels, args.sd)
+        with torch.no_grad():
+            heads = {"vision_head": vision_head.state_dict(), "vision_test": vision_head(v["test"]).softmax(dim=1),
+                     "text_test": text_head(t["test"]).softmax(dim=1)}
+        save(run / "heads.pt", heads)
+
+    # ---- 4. Fuse and distil: LoRA on both towers, CE of the fused logits + lambda (1 - cos(t, t-hat)) ---------------
+    # Seeded anew and the text side built last: with and without text, everything else starts from the same numbers.
+    torch.manual_seed(args.sd)
+    model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["vision_head"]["weight"].shape[1], clip.dim,
+                   args.kd_layers)
+    model.vision_head.load_state_dict(heads["vision_head"])
+    targets = ("embedding", "conv2d") if args.no_lin else ("linear", "conv2d", "embedding")
+    lora = dict(rank=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
+    if args.lora_vision:
+        inject_lora(model.backbone, **lora)
+    tokens = None
+    if not args.no_text:
+        model.text_tower, tokens = clip.text_tower, clip.tokenize(reports)                            # (M, L)
+        if args.lora_text and not args.detach_text:
+            inject_lora(model.text_tower, **lora)
+        elif not args.drop_words:  # a text that never changes: its features are looked up and the tower is dropped
+            model.text_tower, tokens = nn.Embedding.from_pretrained(text_emb), torch.arange(len(reports))
+    model.to(device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters for {args.ep} epochs")
+    train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
+
+    # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
+    model.to_classifier(classes).save_pretrained(run / "classifier")
+    classifier = Classifier.from_pretrained(run / "classifier").to(device)
+    test = predict(classifier, seen["test"], args)                                                    # (N, C)
+    write_predictions(run / "predictions.csv", tiles["test"], test)
+    name = "CLIP-IT without text" if args.no_text else "CLIP-IT"
+    right = {row: heads[f"{row}_test"].argmax(dim=1) == labels["test"] for row in ("vision", "text")}
+    gained = int((right["text"] & ~right["vision"]).sum())  # Fig. 3: what the text model knows and vision does not
+    metrics = {
+        "rows": {"vision head": scores(heads["vision_test"], labels["test"]),
+                 "text head": scores(heads["text_test"], labels["test"]), name: scores(test, labels["test"])},
+        "complementarity": {"tiles": gained, "share": gained / len(test),
+                            "share_of_vision_errors": gained / max(int((~right["vision"]).sum()), 1)},
+        "test_tiles": len(test), "classes": classes, "sd": args.sd,
+        "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
+                 if key != "model"}}
+    write_text(run / "metrics.json", json.dumps(finite(metrics), indent=1))
+    print_table(metrics, name, run)
+    return metrics
+
+
+# ---- The loops ------------------------------------------------------------------------------------------------------
+
+def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], seed: int, steps: int = 12500,
+               patience: int = 20) -> nn.Module:
+    """A head on features that were computed once, as kaiko-eva 0.1.2 trains its linear probe: AdamW 3e-4, batch 256, at
+    most 12,500 steps; the state of the lowest validation loss is kept, looked at every 1 % of the steps, and `patience`
+    looks without a lower one end it. features: split -> (N, D); labels: split -> (N,)."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    n, lowest, waited = len(labels["train"]), math.inf, 0
+    rows = (row for _ in iter(int, 1) for row in torch.randperm(n, generator=generator).split(256))
+    for step, row in zip(tqdm(range(1, steps + 1), "train head", leave=False, disable=None), rows):
+        loss = F.cross_entropy(head(features["train"][row]), labels["train"][row])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % max(steps // 100, 1) == 0:
+            with torch.no_grad():
+                val_loss = F.cross_entropy(head(features["val"]), labels["val"]).item()
+            waited += 1
+            if val_loss < lowest:
+                lowest, waited, best = val_loss, 0, {k: p.clone() for k, p in head.state_dict().items()}
+            if waited == patience:
+                break
+    head.load_state_dict(best)
+    return head
+
+
+def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, reports, tokenize, args, run: Path) -> None:
+    """Step 4. Leaves the model in its best state by --monitor, and last.pt, log.jsonl in the run's folder.
+
+    tiles: split -> images for the backbone; pairs: split -> report of each tile (N,); tokens: (M, L) of all reports, or
+    None without text. Epoch e visits the tiles in an order that seed and e alone decide, so that a resumed run goes on
+    as if it had never stopped.
+    """
+    device, n = next(model.parameters()).device, len(tiles["train"])
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
+    optimizer = torch.optim.Adam(trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
+    steps_per_epoch = math.ceil(n / args.batch)
+    total = args.ep * steps_per_epoch
+    every = max(round(args.val_every * steps_per_epoch), 1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total) if args.scheduler else None
+    order: list[int] = []
+    loader = DataLoader(tiles["train"], args.batch, sampler=order, num_workers=args.worker,
+                        persistent_workers=args.worker > 0, pin_memory=device.type == "cuda")
+    sign = -1 if args.mod == "max" else 1
+    state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
+
+    def keep_state(step):
+        """last.pt: everything that the next step depends on."""
+        state.update(step=step, model={name: p.detach().cpu().clone() for name, p in trainable.items()},
+                     optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                     scheduler=scheduler and scheduler.state_dict(), log_bytes=os.path.getsize(run / "log.jsonl"))
+        save(run / "last.pt", state)
+
+    if args.resume and (run / "last.pt").exists():
+        state = torch.load(run / "last.pt", weights_only=True)
+        load_trainable(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if scheduler:
+            scheduler.load_state_dict(state["scheduler"])
+        os.truncate(run / "log.jsonl", state["log_bytes"])
+        print(f"going on from step {state['step']} of {total}")
+    else:
+        (run / "log.jsonl").write_text("")
+        keep_state(0)
+
+    step, sums, since = state["step"], {}, time.perf_counter()
+    bar = tqdm(total=total, initial=step, desc="train", leave=False, disable=None)
+    while step < total and not state["stopped"]:
+        epoch, offset = divmod(step, steps_per_epoch)
+        generator = torch.Generator().manual_seed(args.sd * 100_003 + epoch)
+        order[:] = torch.randperm(n, generator=generator)[offset * args.batch:].tolist()
+        model.train()
+        for batch, (images, target) in enumerate(loader):
+            chosen = order[batch * args.batch:(batch + 1) * args.batch]  # the tiles of this batch
+            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            if tokens is None:
+                (logits, t_hat), t = model.fuse(model.backbone(images)), None
+            else:
+                if args.drop_words:
+                    texts = [drop_words(reports[pairs["train"][i]], args.drop_words, f"{args.sd} {epoch} {i}")
+                             for i in chosen]
+                    distinct = list(dict.fromkeys(texts))
+                    batch_tokens, report = tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
+                else:
+                    used, report = pairs["train"][chosen].unique(return_inverse=True)
+                    batch_tokens = tokens[used]
+                logits, t_hat, t = model.forward_train(images, batch_tokens.to(device), report.to(device))
+            loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, target, t_hat, t,
+                                      args.kd_weight)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is not finite at step {step + 1}: " + ", ".join(f"{k} {x:.4g}" for k, x in parts.items())
+                    + f", lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of step "
+                    f"{state['step']}; try a lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_(trainable.values(), args.clip)
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+            step += 1
+            bar.update()
+            for key, value in {"loss": loss.detach(), **parts}.items():
+                sums[key] = sums.get(key, 0) + value
+            if step % every and step < total:
+                continue
+
+            val = validate(model, tiles["val"], labels["val"], pairs["val"], tokens, args)
+            count = step - state["step"]
+            line = {"step": step, "epoch": step / steps_per_epoch, **{k: float(x) / count for k, x in sums.items()},
+                    **val, "lr": optimizer.param_groups[0]["lr"],
+                    "tiles_per_second": round(count * args.batch / (time.perf_counter() - since), 1)}
+            sums, since = {}, time.perf_counter()
+            with open(run / "log.jsonl", "a") as log:
+                log.write(json.dumps(finite(line)) + "\n")
+            state["waited"] += 1
+            if sign * val[args.monitor] < sign * state["best"]["value"]:
+                if sign * val[args.monitor] < sign * state["best"]["value"] - args.delta:
+                    state["waited"] = 0
+                state["best"] = {"value": val[args.monitor], "step": step,
+                                 "model": {name: p.detach().cpu().clone() for name, p in trainable.items()}}
+            state["stopped"] = bool(args.early) and state["waited"] >= args.patience
+            keep_state(step)
+            if args.chkpnt:
+                save(run / f"step_{step}.pt", state["model"])
+            if (step // every) % args.log == 0 or step == total or state["stopped"]:
+                tqdm.write(f"step {step}/{total}  " + "  ".join(
+                    f"{key} {line[key]:.4f}" for key in ("loss", "ce", "kd", "val_loss", "val_bacc") if key in line))
+            if state["stopped"]:
+                print(f"--early: {args.monitor} has not improved by more than {args.delta} in {args.patience} validations")
+                break
+            model.train()
+    bar.close()
+    load_trainable(model, state["best"].get("model", state["model"]))
+    print(f"best {args.monitor} {state['best']['value']:.4f} at step {state['best']['step']} of {step}")
+    model.eval()
+
+
+@torch.no_grad()
+def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens, args) -> dict[str, float]:
+    """The loss and its parts over the whole validation split, and accuracies. The prediction uses the image alone; the
+    reports are encoded, each distinct one once, only for the distillation part of the loss."""
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = [model.fuse(model.backbone(images.to(device)))
+               for images, _ in DataLoader(tiles, args.batch, num_workers=args.worker)]
+    logits, t_hat = (torch.cat(parts).float().cpu() for parts in zip(*outputs))
+    t = None
+    if tokens is not None:
+        used, report = pairs.unique(return_inverse=True)
+        t = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])[report]
+    loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
+    metrics = scores(logits.softmax(dim=1), labels)
+    return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
+            "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"]}
+
+
+@torch.inference_mode()
+def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
+    """v of every tile, (N, vision_dim) fp32 on the CPU."""
+    device = next(backbone.parameters()).device
+    loader = tqdm(DataLoader(tiles, args.batch, num_workers=args.worker), "backbone", leave=False, disable=None)
+    return torch.cat([backbone(images.to(device)).float().cpu() for images, _ in loader]).clone()
+
+
+@torch.inference_mode()
+def predict(classifier: Classifier, tiles: Tiles, args) -> Tensor:
+    """Class probabilities (N, C) fp32 on the CPU, from images alone."""
+    device = next(classifier.parameters()).device
+    loader = tqdm(DataLoader(tiles, args.batch, num_workers=args.worker), "test", leave=False, disable=None)
+    return torch.cat([classifier(images.to(device)).float().softmax(dim=1).cpu() for images, _ in loader])
+
+
+def drop_words(report: str, share: float, seed: str) -> str:
+    """The report without `share` of its words, drawn at random by seed; one word stays at least."""
+    words = report.split()
+    keep = max(round(len(words) * (1 - share)), 1)
+    return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), keep)))
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy the trained parameters (LoRA and heads) into the model; the frozen ones are not in the state."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+# ---- Metrics: probabilities (N, C), labels (N,) -> float; nan where undefined ---------------------------------------
+
+def balanced_accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean recall over the classes that occur in the labels (Table 1's "accuracy")."""
+    return per_class_recall(probabilities, labels).nanmean().item()
+
+
+def per_class_recall(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(C,) share of each class's tiles that are predicted as it; nan for a class without tiles."""
+    counts = confusion(probabilities, labels).double()
+    return counts.diag() / counts.sum(dim=1)
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of the tiles that are predicted right."""
+    return (probabilities.argmax(dim=1) == labels).double().mean().item()
+
+
+def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in the labels or the predictions."""
+    counts = confusion(probabilities, labels).double()
+    return (2 * counts.diag() / (counts.sum(dim=0) + counts.sum(dim=1))).nanmean().item()
+
+
+def macro_auroc(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean one-against-rest area under the ROC curve, ties counted half, over the classes that have tiles and are not
+    all of them."""
+    areas = []
+    for label in range(probabilities.shape[1]):
+        positive = labels == label
+        p, q = int(positive.sum()), int((~positive).sum())
+        if p and q:
+            _, place, counts = probabilities[:, label].unique(return_inverse=True, return_counts=True)
+            rank = (counts.cumsum(0) - (counts - 1) / 2).double()  # the mean rank of equal scores
+            areas.append(((rank[place][positive].sum() - p * (p + 1) / 2) / (p * q)).item())
+    return sum(areas) / len(areas) if areas else math.nan
+
+
+def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(C, C) counts: row = label, column = prediction."""
+    classes = probabilities.shape[1]
+    return (labels * classes + probabilities.argmax(dim=1)).bincount(minlength=classes ** 2).view(classes, classes)
+
+
+def scores(probabilities: Tensor, labels: Tensor) -> dict:
+    """One row of the table, with the recall of every class and the confusion counts."""
+    return {"balanced_accuracy": balanced_accuracy(probabilities, labels), "accuracy": accuracy(probabilities, labels),
+            "macro_f1": macro_f1(probabilities, labels), "macro_auroc": macro_auroc(probabilities, labels),
+            "recall": per_class_recall(probabilities, labels).tolist(),
+            "confusion": confusion(probabilities, labels).tolist()}
+
+
+# ---- Tiles of a run, its folder and its files -----------------------------------------------------------------------
+
+def pick_tiles(split: str, args) -> Tiles:
+    """The tiles of a split that this run uses: --limit's share, --shots a class of the training ones, none unreadable."""
+    tiles = load_tiles(args.ds, split, args.data_dir, val_fraction=args.val_int)
+    if args.limit:
+        tiles = tiles.take(stratified_split(tiles.labels, args.limit, args.sd)[1])
+    if args.shots and split == "train":
+        tiles = tiles.take(draw_shots(tiles.labels, args.shots, args.sd))
+    bad = find_bad_tiles(tiles, args.worker)
+    if bad and not args.skip_bad:
+        raise ValueError(f"{next(iter(bad.values()))}\n{len(bad)} such file(s) among the {split} tiles; mend or remove "
+                         "them, or go on without them with --skip-bad")
+    if bad:
+        print(f"--skip-bad: {len(bad)} unreadable {split} tile(s) left out, the first: {next(iter(bad.values()))}")
+        tiles = tiles.take([i for i in range(len(tiles)) if i not in bad])
+        if set(tiles.labels) != set(range(len(tiles.classes))):
+            raise ValueError(f"--skip-bad: a class of the {split} tiles has no readable tile left")
+    return tiles
+
+
+def open_run(args, tiles, reports) -> Path:
+    """Make DIR/OUTPUT/RUN with args.json. A folder that holds another configuration is left as it is (ValueError)."""
+    run = Path(args.dir, args.output, args.run)
+    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log")
+    digest = hashlib.sha256("\n".join(f"{p} {y}" for s in SPLITS for p, y in zip(tiles[s].paths, tiles[s].labels)).encode())
+    config = {key: value for key, value in vars(args).items() if key not in places}
+    config |= {"tiles": digest.hexdigest(), "reports_text": hashlib.sha256("\n".join(reports).encode()).hexdigest()}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if (run / "args.json").exists():
+            held = json.loads((run / "args.json").read_text())["config"]
+            other = [f"{key} {held.get(key)!r} there, {config.get(key)!r} now" for key in {**config, **held}
+                     if held.get(key) != config.get(key)]
+            if other:
+                raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(other[:3])}); give another "
+                                 "--run, or remove that folder")
+        elif args.resume:
+            raise ValueError(f"--resume: there is no run in {run} to go on with")
+        if not args.resume:  # the same configuration again: its old results go first, so that none can be mistaken
+            for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv"):
+                (run / name).unlink(missing_ok=True)
+        write_text(run / "args.json", json.dumps({"config": config, "versions": versions(), "device": str(args.device)},
+                                                 indent=1))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--dir {args.dir}: the run's folder {run} cannot be written or read "
+                         f"({type(error).__name__}: {error}); give another --dir") from None
+    return run
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose numbers a result depends on."""
+    from importlib.metadata import version
+    return {"python": sys.version.split()[0]} | {
+        name: version(name) for name in ("torch", "torchvision", "timm", "open_clip_torch", "pillow")}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first: a killed run leaves the old file or the new one."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def save(path: Path, state) -> None:
+    """torch.save, as write_text writes."""
+    torch.save(state, path.with_name(path.name + ".tmp"))
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def write_csv(path: Path, header: list[str], rows) -> None:
+    with open(path.with_name(path.name + ".tmp"), "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def write_pairs(path: Path, tiles, pairs, similarity) -> None:
+    """tile, its split, the number of its report (from 0, in the order of the reports) and their cosine."""
+    write_csv(path, ["tile", "split", "report", "similarity"], (
+        (tile, split, int(report), f"{cosine:.6f}") for split in SPLITS
+        for tile, report, cosine in zip(tiles[split].paths, pairs[split], similarity[split])))
+
+
+def write_predictions(path: Path, tiles: Tiles, probabilities: Tensor) -> None:
+    """path, target, pred and class_0 ... (probabilities), the authors' column names."""
+    write_csv(path, ["path", "target", "pred", *(f"class_{i}" for i in range(probabilities.shape[1]))], (
+        (tile, label, int(row.argmax()), *(f"{p:.6g}" for p in row.tolist()))
+        for tile, label, row in zip(tiles.paths, tiles.labels, probabilities)))
+
+
+def finite(value):
+    """The same with None for nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(metrics: dict, name: str, run: Path) -> None:
+    notes = {"vision head": "vision head (frozen backbone, unimodal)", "text head": "text head (paired reports)",
+             name: f"{name} (image only)"}
+    columns = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "macro AUROC"}
+    print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in columns.values()))
+    for row, values in metrics["rows"].items():
+        print(notes[row].ljust(41) + "".join(f"{100 * values[key]:12.2f}" for key in columns))
+    gained = metrics["complementarity"]
+    print(f"complementarity: the text head is right where the vision head is wrong on {gained['tiles']} tiles, "
+          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors")
+    print(f"the run lies in {run}")
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The authors' flag names, with - or _. Unset, a flag takes the data set's own default (a row of DATASETS), then
+    the one shown."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    argv = [re.sub("_", "-", word.split("=")[0]) + word[len(word.split("=")[0]):] if word.startswith("--") else word
+            for word in argv]
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def flag(name, default=None, help="", kind=str, **kwargs):
+        parser.add_argument(f"--{name}", default=default, help=help + ("" if default is None else f" [{default}]"),
+                            **({"type": kind} if "action" not in kwargs else {}), **kwargs)
+
+    flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/ and test/ (val/ optional) of class folders")
+    flag("data-dir", "data", "where downloaded data sets lie")
+    flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt")
+    flag("model", help="backbone: a timm id, hf-hub:... or local-dir:...")
+    flag("weights", help="local weights of the backbone, or `none` for random ones")
+    flag("clip-model", help="pairing model: quilt, quilt16 or an open_clip id")
+    flag("clip-weights", help="local weights of the pairing model, or `none` for random ones")
+    flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
+    flag("output", help="unset, the name of the data set")
+    flag("run", help="unset, the flags that differ from their defaults")
+    flag("resume", action="store_true", default=False, help="go on with the run in DIR/OUTPUT/RUN")
+    flag("sd", 0, "seed", int)
+    flag("shots", None, "labelled training tiles a class, drawn by the seed; unset, all (demo: 15)", int)
+    flag("limit", None, "use this share of every split, for a quick try", float)
+    flag("val-int", None, "share of the training tiles held out for validation instead of the data set's own split", float)
+    flag("skip-bad", action="store_true", default=False, help="leave unreadable tiles out instead of stopping")
+    flag("batch", None, "tiles a step", int)
+    flag("lr", 1e-3, "of Adam", float)
+    flag("weight-decay", 1e-4, "L2 in the gradient, as the authors have it", float)
+    flag("ep", None, "epochs", int)
+    flag("worker", None, "processes that decode tiles", int)
+    flag("clip", 0.5, "largest norm of the gradient; 0: no limit", float)
+    flag("scheduler", 0, "1: cosine by step down to 0", int, choices=(0, 1))
+    flag("lora-r", 16, "rank", int)
+    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", float)
+    flag("lora-dropout", 0.0, "before the down projection", float)
+    flag("lora-text", 1, "0: the text tower stays as it is", int, choices=(0, 1))
+    flag("lora-vision", 1, "0: the backbone stays as it is", int, choices=(0, 1))
+    flag("no-lin", action="store_true", default=False, help="LoRA on Conv2d and Embedding alone")
+    flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
+    flag("kd-weight", 1.0, "lambda", float)
+    flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
+    flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
+    flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
+    flag("double-softmax", action="store_true", default=False, help="the authors' loss: cross-entropy of softmax outputs")
+    flag("val-every", 1.0, "epochs between validations", float)
+    flag("monitor", "val_loss", "best state and --early", choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
+    flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
+    flag("early", 0, "1: stop when --monitor stands still", int, choices=(0, 1))
+    flag("patience", 5, "validations that --early waits", int)
+    flag("delta", 0.0, "what counts as an improvement for --early", float)
+    flag("chkpnt", 0, "1: keep the trained state of every validation", int, choices=(0, 1))
+    flag("log", 1, "validations for each printed line", int)
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+    args = parser.parse_args(argv)
+
+    if args.ds not in DATASETS:
+        dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
+    row = DATASETS.get(args.ds, {})
+    defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": None, "clip_model": None,
+                "reports": None, "shots": None} | row
+    defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
+    unset = parser.parse_args(["--ds", args.ds])
+    for key, value in defaults.items():
+        for space in (args, unset):
+            if hasattr(space, key) and getattr(space, key) is None:
+                setattr(space, key, value if isinstance(value, (int, float)) or value is None else str(value))
+    for key in ("reports", "model", "clip_model"):
+        if getattr(args, key) is None:
+            raise ValueError(f"--ds {args.ds} needs --{key.replace('_', '-')}")
+    for key, ok, expected in (
+            ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
+            ("lora_alpha", args.lora_alpha > 0, "more than 0"), ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"),
+            ("batch", args.batch >= 1, "1 or more"), ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
+            ("val_int", args.val_int is None or 0 < args.val_int < 1, "a share between 0 and 1, such as 0.2"),
+            ("limit", args.limit is None or 0 < args.limit < 1, "a share between 0 and 1, such as 0.1"),
+            ("drop_words", 0 <= args.drop_words < 1, "a share from 0 to below 1, such as 0.3"),
+            ("shots", args.shots is None or args.shots >= 1, "1 or more"), ("val_every", args.val_every > 0, "more than 0"),
+            ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more")):
+        if not ok:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+    args.output = args.output or slug(Path(args.ds).name)
+    # the run's name tells the flags that differ from the data set's defaults
+    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad")
+    differ = [key.replace("_", "-") + ("" if value is True else f"-{Path(str(value)).name}")
+              for key, value in vars(args).items() if key not in places and value != getattr(unset, key)]
+    args.run = args.run or slug("_".join(differ)) or "base"
+    return args
+
+
+def slug(text: str) -> str:
+    """A file name made of the text."""
+    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")[-100:]
+
+
+def subset_name(args) -> str:
+    """What sets this run's tiles apart in the cache of tile features."""
+    return "".join(f"-{key}{value}" for key, value in (
+        ("val", args.val_int), ("limit", args.limit), ("shots", args.shots), ("sd", (args.limit or args.shots) and args.sd))
+        if value is not None)
+
+
+def cli() -> None:
+    """main() for people: bad input is one or two lines on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(fail(str(error), 2))
+    except FloatingPointError as error:
+        sys.exit(fail(str(error), 1))
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped; the state of the last validation is kept, the same command with --resume goes on from it", 2))
+
+
+def fail(message: str, code: int) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    cli()
