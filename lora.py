@@ -59,7 +59,7 @@ class _LoRA(nn.Module):
         """W + s*B*A in W's shape and dtype, summed in fp32 or better, differentiable in A and B."""
         w = self.base.weight
         with torch.autocast(w.device.type, enabled=False):  # autocast would multiply B and A in bf16
-            return (w.to(torch.promote_types(w.dtype, torch.float32)) + self.delta()).to(w.dtype)
+            return (w + self.delta()).to(w.dtype)  # A and B are fp32, so a bf16 W is promoted for the sum
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.base).forward is not self.adapts.forward:
@@ -191,7 +191,7 @@ def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: f
         raise ValueError(f"a lone {type(model).__name__} cannot be replaced in place; "
                          f"use model = {found[model][1].__name__}(model, rank, alpha)")
     if not found:
-        raise ValueError(f"no layer to adapt in {type(model).__name__}; change targets {targets} or skip {skip}")
+        raise ValueError(f"no layer to adapt in {type(model).__name__}; change {targets=} or {skip=}")
     for module, (name, _) in found.items():
         for other, owner in named:
             if owner is not module and any(p is module.weight for p in owner._parameters.values()):

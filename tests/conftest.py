@@ -1,0 +1,46 @@
+"""A small world that the tests share: tiles of three kinds, reports, and the demo's two models."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+DEMO = ROOT / "tests" / "demo"
+MODELS = ["--clip-model", f"local-dir:{DEMO}/clip", "--model", f"local-dir:{DEMO}/backbone"]
+REPORTS = ["Colon, biopsy: adenocarcinoma, moderately differentiated.", "Mature adipose tissue without atypia.",
+           "Smooth muscle bundles of the muscularis propria.", "Lymph node with reactive follicles.",
+           "Pools of mucin with few floating cells.", "Normal mucosa with regular crypts."]
+
+
+def write_tiles(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """folder/CLASS/*.png of 48 x 48 pixels, each class with a colour of its own under noise."""
+    generator = np.random.default_rng(seed)
+    for kind, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            noise = generator.integers(0, 120, (48, 48, 3))
+            noise[..., kind % 3] += 60
+            Image.fromarray(noise.astype("uint8")).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    """tiles/{train,val,test}/{A,B,C}/*.png and reports.txt."""
+    for seed, (split, count) in enumerate((("train", 8), ("val", 3), ("test", 5))):
+        write_tiles(tmp_path / "tiles" / split, {"A": count, "B": count, "C": count}, seed)
+    (tmp_path / "reports.txt").write_text("\n".join(REPORTS) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def argv(world) -> list[str]:
+    """A run on that world: two epochs of three steps."""
+    return ["--ds", world / "tiles", "--reports", world / "reports.txt", *MODELS, "--dir", world / "runs", "--run", "r",
+            "--batch", 8, "--ep", 2, "--worker", 0]
