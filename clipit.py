@@ -21,8 +21,8 @@ from lora import merge_lora
 BACKBONES = {  # the authors' names: hub repository, timm architecture and arguments, mean and std of the images
     "UNI": dict(repo="MahmoodLab/UNI", architecture="vit_large_patch16_224", model_args={"init_values": 1e-5},
                 mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])} | {
-    name: dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", architecture=architecture, model_args={},
-               mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+    name: dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", architecture=architecture,
+               model_args={}, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
     for name, published, architecture in (  # kaiko's
         ("DINOL14", "vit_large_patch14_reg4_224", "vit_large_patch14_reg4_dinov2"),  # native 518, resampled to 224
         ("VITS_8", "vit_small_patch8_224", "vit_small_patch8_224"),
@@ -115,13 +115,13 @@ def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
                 continue
     except errors.GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
         what = f"{repo} is gated, and the hub does not know you as one who may load it"
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         what = f"the hub has no repository {repo}, or a private one"
     except Exception as error:  # no connection, a broken one, a full disk: of many classes
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         what = f"{repo} is not in the cache, and the hub could not be reached or the download broke off ({first})"
-    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} and log in (`hf auth login` or "
-                     f"HF_TOKEN), or give {otherwise}")
+    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} where it is gated, then log in "
+                     f"(`hf auth login` or HF_TOKEN); or give {otherwise}")
 
 
 def load_weights(model: nn.Module, path) -> None:

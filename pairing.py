@@ -72,17 +72,14 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     for flag, path in (("--clip-weights", weights), ("--clip-tokenizer", tokenizer)):
         if path not in (None, "none") and not Path(path).is_file():
             raise FileNotFoundError(f"{flag} {path}: no such file")
-    if name == "conch":
-        model, dim = build_conch(), 512
-        preprocess, tokenize = open_clip.image_transform(448, is_train=False), ConchTokenizer(tokenizer)
-        published = lambda: hub_file("--clip-model conch", CLIPS[name][0], "pytorch_model.bin", otherwise=OTHERWISE)
-    elif tokenizer is not None:
-        raise ValueError(f"--clip-tokenizer {tokenizer}: only conch takes one; {name} has its own")
+    if tokenizer and name != "conch":
+        raise ValueError(f"--clip-tokenizer {tokenizer}: only conch takes one, {name} has its own")
+    if name == "conch":  # the weights first: they are refused to many
+        path = weights or hub_file("--clip-model conch", CLIPS[name][0], "pytorch_model.bin", otherwise=OTHERWISE)
+        model, tokenize = build_conch(), ConchTokenizer(tokenizer)
+        preprocess = open_clip.image_transform(448, is_train=False)  # bicubic, centre crop, OpenAI's mean and std
     else:
-        model, preprocess, tokenize, published = build_open_clip(name, weights)
-        dim = model.text.output_dim
-        model.text.output_tokens = False  # of CoCa models: the pooled feature alone
-    path = published() if weights is None else weights
+        model, preprocess, tokenize, path = build_open_clip(name, weights)
     if path not in (None, "none"):
         try:
             load_conch(model, path) if name == "conch" else open_clip.load_checkpoint(model, path, strict=True)
@@ -90,7 +87,8 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
             raise ValueError(f"--clip-model {name}: the weights in {path} cannot be loaded "
                              f"({' '.join(str(error).split())[:300]})") from None
     model.eval().requires_grad_(False).to(device)
-    return Clip(name, dim, model.visual, model.text, preprocess, tokenize)
+    model.text.output_tokens = False  # of CoCa models: the pooled feature alone
+    return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize)
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -120,101 +118,64 @@ def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
                 continue
     except errors.GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
         what = f"{repo} is gated, and the hub does not know you as one who may load it"
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         what = f"the hub has no repository {repo}, or a private one"
     except Exception as error:  # no connection, a broken one, a full disk: of many classes
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         what = f"{repo} is not in the cache, and the hub could not be reached or the download broke off ({first})"
-    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} and log in (`hf auth login` or "
-                     f"HF_TOKEN), or give {otherwise}")
+    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} where it is gated, then log in "
+                     f"(`hf auth login` or HF_TOKEN); or give {otherwise}")
 
 
 def build_open_clip(name: str, weights=None):
-    """(model, preprocess, tokenize, published) of an open_clip id; published() gives the path of its published weights,
-    or None where the model holds them already. Raises like load_clip."""
+    """(model, preprocess, tokenize, path): an open_clip model and the weights to load into it, None where it has them.
+    Raises like load_clip."""
     import open_clip
 
     flag, (model_id, architecture) = f"--clip-model {name}", CLIPS.get(name, (name, None))
-    if architecture and weights is not None:  # then nothing is needed from the hub
+    if architecture and weights:  # then nothing is needed from the hub
         model_id = architecture
-    scheme, _, place = model_id.rpartition(":")
-    tag, choices = "", f"choose {', '.join(CLIPS)} or an open_clip id (hf-hub:org/model, local-dir:folder, ViT-B-32/openai)"
-    if not scheme:
-        model_id, _, tag = model_id.partition("/")
-        tags = open_clip.list_pretrained_tags_by_model(model_id)
-        if model_id not in open_clip.list_models() or not (tag in tags or weights):
-            raise ValueError(f"{flag}: unknown" + (f" (its weights: {', '.join(tags)})" if tags else "") + f"; {choices}")
-    elif scheme == "hf-hub":  # its folder in the hub's cache is a local-dir
-        place = Path(hub_file(flag, place, "open_clip_config.json", otherwise=OTHERWISE)).parent
-    elif not Path(place, "open_clip_config.json").is_file():
-        raise FileNotFoundError(f"{flag}: no open_clip_config.json in that folder; {choices}")
-    of_tag = (open_clip.get_pretrained_cfg(model_id, tag) if tag else None) or {}
-    own_weights = scheme == "local-dir" and weights is None
+    scheme, colon, place = model_id.partition(":")
+    tag, of_tag, text, path = "", {}, {}, weights
+    choices = f"choose {', '.join(CLIPS)} or an open_clip id (hf-hub:org/model, local-dir:folder, ViT-B-32/openai)"
+    if not colon:
+        source, _, tag = model_id.partition("/")
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        if source not in open_clip.list_models() or not (tag in tags or weights):
+            known = f" (its weights: {', '.join(tags)})" if tags else ""
+            raise ValueError(f"{flag}: unknown{known}; {choices}")
+        of_tag = open_clip.get_pretrained_cfg(source, tag) or {}
+    else:
+        if scheme == "hf-hub":  # its folder in the hub's cache is a local-dir
+            place = Path(hub_file(flag, place, "open_clip_config.json", otherwise=OTHERWISE)).parent
+        source = f"local-dir:{place}"
+        if not Path(place, "open_clip_config.json").is_file():
+            raise FileNotFoundError(f"{flag}: no open_clip_config.json in that folder; {choices}")
+    own = scheme == "local-dir" and not weights  # open_clip finds the weights in the folder
     try:
         logging.disable(logging.WARNING)  # "initialized randomly": the weights come after
         # force_custom_text keeps the text tower a module of its own, which is what LoRA and training need
         model, _, preprocess = open_clip.create_model_and_transforms(
-            f"local-dir:{place}" if scheme else model_id, load_weights=own_weights, require_pretrained=own_weights,
-            force_custom_text=True, force_quick_gelu=bool(of_tag.get("quick_gelu")), pretrained_image=False,
-            pretrained_text=False, image_mean=of_tag.get("mean"), image_std=of_tag.get("std"),
-            image_interpolation=of_tag.get("interpolation"), image_resize_mode=of_tag.get("resize_mode"))
-        text = json.loads(Path(place, "open_clip_config.json").read_text())["model_cfg"]["text_cfg"] if scheme else {}
-        tokenize = open_clip.get_tokenizer(  # a folder of the cache holds no tokenizer of its own
-            model_id if not scheme or "hf_tokenizer_name" in text else f"local-dir:{place}")
+            source, load_weights=own, require_pretrained=own, force_custom_text=True, pretrained_image=False,
+            pretrained_text=False, force_quick_gelu=bool(of_tag.get("quick_gelu")), image_mean=of_tag.get("mean"),
+            image_std=of_tag.get("std"), image_interpolation=of_tag.get("interpolation"),
+            image_resize_mode=of_tag.get("resize_mode"))
+        if scheme == "hf-hub":
+            text = json.loads(Path(place, "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+        # a transformers tokenizer lies in the repository or in another one, not in the folder of the cache
+        tokenize = open_clip.get_tokenizer(model_id if "hf_tokenizer_name" in text else source)
     except Exception as error:  # open_clip raises of all kinds; what went wrong is the user's to know
-        first = " ".join(str(error).split())[:200]
-        if isinstance(error, ImportError) or "pip install transformers" in first:
-            first = f"its text tower needs the transformers package ({first}); pip install transformers"
-        raise ValueError(f"{flag}: could not be loaded ({first}); {choices}") from None
+        what = f"could not be loaded ({' '.join(str(error).split())[:200]})"
+        if isinstance(error, ImportError) or "pip install transformers" in what:
+            what = "its text tower needs the transformers package: pip install transformers"
+        raise ValueError(f"{flag}: {what}; {choices}") from None
     finally:
         logging.disable(logging.NOTSET)
-
-    def published():
-        if scheme == "local-dir":
-            return None
-        repo, file = (model_id, "") if scheme else os.path.split(of_tag.get("hf_hub", ""))
-        if not repo:
-            return open_clip.download_pretrained(of_tag)
+    if not weights and not own:
+        repo, file = os.path.split(of_tag.get("hf_hub", "")) if tag else (model_id, "")
         files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-        return hub_file(flag, repo, *files, otherwise=OTHERWISE)
-
-    return model, preprocess, tokenize, published
-
-
-def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
-    """The local path of the first of the files `names` that a Hugging Face repository holds, from its cache or
-    downloaded. repo: "org/model", "hf-hub:org/model" or either with "@revision".
-
-    Raises ValueError of two lines: what is wrong, and what to do. (pairing.py and clipit.py each hold this function,
-    so that each can be copied without the other.)
-    """
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    repo, _, revision = repo.rpartition(":")[2].partition("@")
-    for name in names:
-        try:
-            return hf_hub_download(repo, name, revision=revision or None, local_files_only=True)
-        except Exception:  # not there, or no repository's name: the hub's answer below tells
-            pass
-    what = f"{repo} on the hub holds no {' or '.join(names)}"
-    try:
-        for name in names:
-            try:
-                # asked once: hf_hub_download itself tries again for half a minute where there is no connection
-                get_hf_file_metadata(hf_hub_url(repo, name, revision=revision or None), timeout=10)
-                return hf_hub_download(repo, name, revision=revision or None)
-            except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but it means: no connection
-                raise
-            except errors.EntryNotFoundError:
-                continue
-    except errors.GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
-        what = f"{repo} is gated, and the hub does not know you as one who may load it"
-    except errors.RepositoryNotFoundError:
-        what = f"the hub has no repository {repo}, or a private one"
-    except Exception as error:  # no connection, a broken one, a full disk: of many classes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        what = f"{repo} is not in the cache, and the hub could not be reached or the download broke off ({first})"
-    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} and log in (`hf auth login` or "
-                     f"HF_TOKEN), or give {otherwise}")
+        path = hub_file(flag, repo, *files, otherwise=OTHERWISE) if repo else open_clip.download_pretrained(of_tag)
+    return model, preprocess, tokenize, path
 
 
 @torch.inference_mode()
@@ -306,7 +267,7 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
 # ---- CONCH ----------------------------------------------------------------------------------------------------------
 
 class ConchVision(nn.Module):
-    """Images (B, 3, H, W) -> (B, dim), not normalised: a ViT, one query that attends to all its tokens, a projection."""
+    """Images (B, 3, H, W) -> (B, dim), not normalised: a ViT, a query that attends to all its tokens, a projection."""
 
     def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, dim: int):
         from open_clip.transformer import AttentionalPooler
@@ -323,7 +284,7 @@ class ConchVision(nn.Module):
         return self.ln_contrast(self.attn_pool_contrast(tokens)[:, 0]) @ self.proj_contrast
 
 
-def build_conch(image_size=448, patch=16, width=768, layers=12, heads=12, dim=512, vocab=32007, positions=128) -> nn.Module:
+def build_conch(image_size=448, patch=16, width=768, layers=12, heads=12, dim=512, vocab=32007, positions=128):
     """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks."""
     from open_clip.transformer import TextTransformer
 
@@ -421,9 +382,10 @@ class ConchTokenizer:
         if word not in self.known:
             symbols = [self.symbol[byte] for byte in word.encode()]
             while len(symbols) > 1:
-                rank, i = min((self.rank.get(pair, len(self.rank)), i) for i, pair in enumerate(zip(symbols, symbols[1:])))
-                if rank == len(self.rank):
+                ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(symbols, symbols[1:])]
+                if min(ranks) == len(self.rank):
                     break
+                i = ranks.index(min(ranks))
                 symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
             self.known[word] = [self.vocab[symbol] for symbol in symbols if symbol in self.vocab]
         return self.known[word]
