@@ -1,4 +1,4 @@
-"""CONCH: the towers and the tokenizer give the original's numbers; what sets them apart is pinned with random weights."""
+"""CONCH: towers and tokenizer give the original's numbers; what sets them apart is pinned with random weights."""
 import hashlib
 import io
 import json
@@ -51,7 +51,8 @@ def original_weights(seed):
             state[key] = 0.02 * r
         elif len(shape) == 1 and key.endswith("weight"):
             state[key] = 1 + 0.1 * r
-        elif key.endswith(("query", "cls_emb", "cls_token", "pos_embed", "positional_embedding")) or "token_embedding" in key:
+        elif "token_embedding" in key or key.endswith(("query", "cls_emb", "cls_token", "pos_embed",
+                                                       "positional_embedding")):
             state[key] = 0.5 * r
         else:
             state[key] = r * shape[-1] ** -0.5
@@ -67,7 +68,8 @@ def test_features_equal_the_original_package(tmp_path):
     with torch.inference_mode():
         for size in (448, 224):
             images = torch.randn(2, 3, size, size, generator=generator)
-            torch.testing.assert_close(clip.encode_image(images), torch.tensor(expected[f"image_{size}"]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(clip.encode_image(images), torch.tensor(expected[f"image_{size}"]),
+                                       rtol=0, atol=1e-5)
         tokens = torch.tensor(expected["tokens"])
         torch.testing.assert_close(clip.encode_text(tokens), torch.tensor(expected["text"]), rtol=0, atol=1e-5)
 
@@ -84,7 +86,8 @@ def plain_text(text, tokens):
     """The text tower without trimming, its mask written out row by row as the original's code defines it."""
     tokens = tokens[:, :-1]
     count = tokens.shape[1] + 1
-    x = torch.cat([text.token_embedding(tokens), text.cls_emb.expand(len(tokens), 1, -1)], 1) + text.positional_embedding
+    x = torch.cat([text.token_embedding(tokens), text.cls_emb.expand(len(tokens), 1, -1)], 1)
+    x = x + text.positional_embedding
     masks = []
     for row in tokens:
         mask = torch.full((count, count), float("-inf")).triu(1)
@@ -267,7 +270,8 @@ def test_tokenizer_file_is_read_with_the_first_text(tmp_path, tokenizer_file):
 def test_tokenizer_file_is_downloaded_once_and_checked(tmp_path, monkeypatch, tokenizer_file):
     content, asked = tokenizer_file[0].read_bytes(), []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(pairing, "CONCH_TOKENIZER", ("https://example.org/bpe.json", hashlib.sha256(content).hexdigest()))
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(pairing, "CONCH_TOKENIZER", ("https://example.org/bpe.json", digest))
     reply = [content[:-1]]
 
     def urlopen(url, timeout):

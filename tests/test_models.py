@@ -61,12 +61,19 @@ def test_backbone_sizes_and_its_lora(name, no_hub):
     assert len(adapted) == (96 if dim == 1024 else 48) + 1
 
 
-def test_backbone_from_a_local_file_and_back_as_a_classifier(tmp_path, no_hub):
-    file = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+@pytest.fixture
+def tiny_vits16(monkeypatch):
+    """VITS_16 with timm's smallest ViT in its place."""
+    monkeypatch.setitem(BACKBONES, "VITS_16", BACKBONES["VITS_16"] | {"architecture": "test_vit"})
+    return timm.create_model("test_vit", num_classes=0).state_dict()
+
+
+def test_backbone_from_a_local_file_and_back_as_a_classifier(tmp_path, no_hub, tiny_vits16):
+    file = tiny_vits16
     torch.save(file, tmp_path / "vits16.pth")
     backbone = load_backbone("VITS_16", tmp_path / "vits16.pth")
     assert all(torch.equal(value, file[key]) for key, value in backbone.state_dict().items())
-    classifier = ClipIT(backbone, None, 2, 384, 8).to_classifier()
+    classifier = ClipIT(backbone, None, 2, 64, 8).to_classifier()
     classifier.save_pretrained(tmp_path / "classifier")
     again = clipit.Classifier.from_pretrained(tmp_path / "classifier")
     assert all(torch.equal(value, file[key]) for key, value in again.backbone.state_dict().items())
@@ -89,8 +96,8 @@ def test_a_file_with_the_names_of_dinov2_loads(tmp_path):
     torch.testing.assert_close(other(images), model(images))
 
 
-def test_published_backbone_comes_from_the_hub_strictly(tmp_path, monkeypatch):
-    state = timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()
+def test_published_backbone_comes_from_the_hub_strictly(tmp_path, monkeypatch, tiny_vits16):
+    state = tiny_vits16
     torch.save({key: value for key, value in state.items() if key != "cls_token"}, tmp_path / "pytorch_model.bin")
     asked = []
     monkeypatch.setattr(clipit, "hub_file", lambda flag, repo, *names, otherwise: asked.append((repo, names)) or str(
@@ -123,8 +130,9 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, monkeypatch):
 # ---- open_clip ------------------------------------------------------------------------------------------------------
 
 def tiny_config(**text):
-    return {"model_cfg": {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-                          "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1, **text}},
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1, **text}
+    return {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
             "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
 
 
@@ -259,7 +267,8 @@ def test_offline_is_told_at_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
     for load, name in ((load_clip, "conch"), (load_backbone, "UNI")):
         start = time.monotonic()
         with pytest.raises(ValueError, match="could not be reached"):
