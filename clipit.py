@@ -18,59 +18,129 @@ from torch import Tensor, nn
 from lora import merge_lora
 
 
+BACKBONES = {  # the authors' names: hub repository, timm architecture and arguments, mean and std of the images
+    "UNI": dict(repo="MahmoodLab/UNI", architecture="vit_large_patch16_224", model_args={"init_values": 1e-5},
+                mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])} | {
+    name: dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", architecture=architecture,
+               model_args={}, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+    for name, published, architecture in (  # kaiko's
+        ("DINOL14", "vit_large_patch14_reg4_224", "vit_large_patch14_reg4_dinov2"),  # native 518, resampled to 224
+        ("VITS_8", "vit_small_patch8_224", "vit_small_patch8_224"),
+        ("VITS_16", "vit_small_patch16_224", "vit_small_patch16_224"),
+        ("VITB_8", "vit_base_patch8_224", "vit_base_patch8_224"),
+        ("VITB_16", "vit_base_patch16_224", "vit_base_patch16_224"))}
+OTHERWISE = "--weights FILE, or take an open model: --model VITS_16"
+
+
 def load_backbone(name: str, weights=None) -> nn.Module:
     """A timm model without its classifier: images (B, 3, H, W) -> v (B, num_features), in eval mode.
 
-    name: any timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for the published weights, a local
-    .pth, .bin or .safetensors file, or "none" for random ones. backbone.recipe tells how to build it again and how
-    its images are made: architecture, model_args, size, mean, std.
+    name: a key of BACKBONES, any timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for the published
+    weights, a local .pth, .bin or .safetensors file, or "none" for random ones; with either, a key of BACKBONES or a
+    timm id needs nothing from the hub. backbone.recipe tells how to build it again and how its images are made:
+    architecture, model_args, size, mean, std.
     Raises ValueError or FileNotFoundError in words for the command line where the model cannot be had.
     """
     import timm
-    from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+    from timm.models._hub import load_model_config_from_path
 
-    choices = "choose a timm id (vit_small_patch16_224, resnet50, ...), hf-hub:org/model or local-dir:folder"
-    source, _, place = name.partition(":")
-    config, architecture, model_args = None, name, {}
+    flag, row, (source, _, place) = f"--model {name}", BACKBONES.get(name), name.partition(":")
+    choices = (f"choose {', '.join(BACKBONES)}, a timm id (vit_small_patch16_224, resnet50, ...), hf-hub:org/model or "
+               "local-dir:folder")
+    config, repo, overlay = None, None, None
+    if weights not in (None, "none") and not Path(weights).is_file():
+        raise FileNotFoundError(f"--weights {weights}: no such file; give a .pth, .bin or .safetensors file, or `none`")
     try:
-        if source == "local-dir":
+        if row:
+            repo, architecture, model_args = row["repo"], row["architecture"], row["model_args"]
+        elif source in ("hf-hub", "hf_hub"):  # its folder in the hub's cache is a local-dir
+            repo, folder = place, Path(hub_file(flag, place, "config.json", otherwise=OTHERWISE)).parent
+            config, architecture, model_args = load_model_config_from_path(folder)
+        elif source == "local-dir":
             config, architecture, model_args = load_model_config_from_path(place)
-        elif source in ("hf-hub", "hf_hub"):
-            config, architecture, model_args = load_model_config_from_hf(place)
+        else:
+            architecture, model_args = name, {}
         if not timm.is_model(architecture):
             near = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
             raise ValueError(f"timm has no {architecture}" + (f"; near: {', '.join(near)}" if near else ""))
         kwargs = dict(model_args or {}, num_classes=0)
         if "vit_" in architecture:  # the paper's tiles are 224 whatever size the weights were trained at
             kwargs["dynamic_img_size"] = True
-        backbone = timm.create_model(architecture, pretrained=weights is None, pretrained_cfg=config, **kwargs)
-    except Exception as error:  # timm and the hub raise of all kinds; what went wrong is the user's to know
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--model {name}: could not be loaded ({first}); {choices}, or give --weights FILE") from None
+        if weights is None and source != "local-dir":
+            repo = repo or timm.get_pretrained_cfg(architecture).hf_hub_id
+            if repo:
+                file = hub_file(flag, repo, "model.safetensors", "pytorch_model.bin", otherwise=OTHERWISE)
+                weights, overlay = (file, None) if row else (None, dict(source="", file=file, custom_load=False))
+        backbone = timm.create_model(architecture, pretrained=weights is None, pretrained_cfg=config,
+                                     pretrained_cfg_overlay=overlay, **kwargs)
+    except Exception as error:  # timm raises of all kinds; what went wrong is the user's to know
+        if str(error).startswith(flag):  # hub_file has said it
+            raise
+        first = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{flag}: could not be loaded ({first}); {choices}, or give --weights FILE") from None
     if weights not in (None, "none"):
         load_weights(backbone, weights)
     data = timm.data.resolve_model_data_config(backbone)
     backbone.recipe = dict(architecture=architecture, model_args=kwargs, size=data["input_size"][-1],
                            mean=list(data["mean"]), std=list(data["std"]))
+    if row:
+        backbone.recipe |= dict(size=224, mean=row["mean"], std=row["std"])
     return backbone.eval()
+
+
+def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
+    """The local path of the first of the files `names` that a Hugging Face repository holds, from its cache or
+    downloaded. repo: "org/model", "hf-hub:org/model" or either with "@revision".
+
+    Raises ValueError of two lines: what is wrong, and what to do. (pairing.py and clipit.py each hold this function,
+    so that each can be copied without the other.)
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    repo, _, revision = repo.rpartition(":")[2].partition("@")
+    for name in names:
+        try:
+            return hf_hub_download(repo, name, revision=revision or None, local_files_only=True)
+        except Exception:  # not there, or no repository's name: the hub's answer below tells
+            pass
+    what = f"{repo} on the hub holds no {' or '.join(names)}"
+    try:
+        for name in names:
+            try:
+                # asked once: hf_hub_download itself tries again for half a minute where there is no connection
+                get_hf_file_metadata(hf_hub_url(repo, name, revision=revision or None), timeout=10)
+                return hf_hub_download(repo, name, revision=revision or None)
+            except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but it means: no connection
+                raise
+            except errors.EntryNotFoundError:
+                continue
+    except errors.GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
+        what = f"{repo} is gated, and the hub does not know you as one who may load it"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        what = f"the hub has no repository {repo}, or a private one"
+    except Exception as error:  # no connection, a broken one, a full disk: of many classes
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        what = f"{repo} is not in the cache, and the hub could not be reached or the download broke off ({first})"
+    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} where it is gated, then log in "
+                     f"(`hf auth login` or HF_TOKEN); or give {otherwise}")
 
 
 def load_weights(model: nn.Module, path) -> None:
     """Load a local checkpoint into a timm model, every key; a classifier that the model does not have is left out.
 
-    Raises FileNotFoundError, or ValueError where the file is no checkpoint, holds more than tensors or belongs to
-    another architecture (the keys are named).
+    Raises ValueError where the file is no checkpoint, holds more than tensors or belongs to another architecture (the
+    keys are named).
     """
     from timm.models import load_state_dict
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--weights {path}: no such file; give a .pth, .bin or .safetensors file, or `none`")
     try:
         state = load_state_dict(str(path), weights_only=True)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than named tensors")
+        if isinstance(model, VisionTransformer):  # a file with DINOv2's names, or with another grid of positions
+            state = checkpoint_filter_fn(state, model)
     except Exception as error:  # every kind of broken or hostile file ends here, unread
-        raise ValueError(f"--weights {path}: not a checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
+        raise ValueError(f"--weights {path}: not a whole checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
                          "expected a state dict saved by torch.save or safetensors") from None
     own = model.state_dict()
     classifier = tuple(f"{name}." for name in ("head", "fc", "classifier") if not any(k.startswith(f"{name}.") for k in own))

@@ -1,16 +1,23 @@
 """Pair tiles with reports they never came with: every tile gets the report of highest cosine under a CLIP model.
 
     from pairing import load_clip, embed_images, embed_texts, nearest_text
-    clip = load_clip("quilt")                   # or any open_clip id, "local-dir:folder"
+    clip = load_clip("conch")                   # or "quilt", any open_clip id, "local-dir:folder"
     index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))
 
 Travels alone. The pairing is psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j, both of
 length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve many tiles, another none.
+
+CONCH: Lu et al. 2024, "A visual-language foundation model for computational pathology", Nature Medicine; a CoCa (Yu et
+al. 2022, arXiv 2205.01917) without its captioning parts here. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
 """
 import hashlib
 import json
+import logging
 import os
+import unicodedata
+import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Callable
 
@@ -19,10 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CLIPS = {  # short names of --clip-model; anything else is passed to open_clip as it stands
-    "quilt": "hf-hub:wisdomik/QuiltNet-B-32",
-    "quilt16": "hf-hub:wisdomik/QuiltNet-B-16",
+CLIPS = {  # short names of --clip-model: hub id, open_clip's name of the architecture; other names go to open_clip
+    "conch": ("hf-hub:MahmoodLab/CONCH", None),  # open_clip has no such architecture: build_conch
+    "quilt": ("hf-hub:wisdomik/QuiltNet-B-32", "ViT-B-32"),
+    "quilt16": ("hf-hub:wisdomik/QuiltNet-B-16", "ViT-B-16"),
 }
+CONCH_TOKENIZER = ("https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conch/open_clip_custom/tokenizers/"
+                   "conch_byte_level_bpe_uncased.json",  # a branch: what is read is pinned by its sha256
+                   "a3861e67c64d32670eb6725a8e52d7dbdd2a06646a4a3c7463052ae7110760fb")
+OTHERWISE = "--clip-weights FILE, or take an open model: --clip-model quilt"
 TIE = 1e-6  # cosines closer than this are equal: fp32 sums of the same numbers differ by that much with their order
 
 
@@ -47,49 +59,123 @@ class Clip:
         return next(self.text_tower.parameters()).device
 
 
-def load_clip(name: str, weights=None, device="cpu") -> Clip:
+def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     """A CLIP model in eval mode, frozen.
 
     name: a key of CLIPS or any open_clip id: "hf-hub:org/model", "local-dir:folder", "ViT-B-32/openai".
     weights: a local checkpoint instead of the published one, "none" for random weights.
+    tokenizer: of conch alone, its local tokenizer file instead of the published one.
     Raises ValueError or FileNotFoundError in words for the command line where the model cannot be had.
     """
     import open_clip  # here, so that pairing two tensors needs torch alone
-    from timm.models import load_state_dict
 
-    model_id, tag = CLIPS.get(name, name), ""
-    if ":" not in model_id:
-        model_id, _, tag = model_id.partition("/")
-    choices = f"choose {', '.join(CLIPS)} or an open_clip id (hf-hub:org/model, local-dir:folder, ViT-B-32/openai)"
-    if model_id.startswith("local-dir:"):
-        if not Path(model_id.removeprefix("local-dir:"), "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"--clip-model {name}: no open_clip_config.json in that folder; {choices}")
-    elif ":" not in model_id:
-        tags = open_clip.list_pretrained_tags_by_model(model_id)
-        if model_id not in open_clip.list_models() or not (tag in tags or weights):
-            raise ValueError(f"--clip-model {name}: unknown" + (f" (its weights: {', '.join(tags)})" if tags else "")
-                             + f"; {choices}")
-    if weights not in (None, "none") and not Path(weights).is_file():
-        raise FileNotFoundError(f"--clip-weights {weights}: no such file")
-    quick_gelu = bool(tag) and bool((open_clip.get_pretrained_cfg(model_id, tag) or {}).get("quick_gelu"))
-    try:
-        # force_custom_text keeps the text tower a module of its own, which is what LoRA and training need
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            model_id, tag or None, device=device, load_weights=weights is None, force_custom_text=True,
-            force_quick_gelu=quick_gelu, pretrained_image=False, pretrained_text=False,
-            require_pretrained=weights is None)
-        tokenize = open_clip.get_tokenizer(model_id)
-    except ImportError as error:
-        raise ValueError(f"--clip-model {name}: its text tower needs the transformers package ({error}); "
-                         "pip install transformers, or choose another model") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0][:200]
-        raise ValueError(f"--clip-model {name}: could not be loaded ({first}); {choices}") from None
-    if weights not in (None, "none"):
-        open_clip.load_checkpoint(model, weights, strict=True)
-    model.eval().requires_grad_(False)
+    for flag, path in (("--clip-weights", weights), ("--clip-tokenizer", tokenizer)):
+        if path not in (None, "none") and not Path(path).is_file():
+            raise FileNotFoundError(f"{flag} {path}: no such file")
+    if tokenizer and name != "conch":
+        raise ValueError(f"--clip-tokenizer {tokenizer}: only conch takes one, {name} has its own")
+    if name == "conch":  # the weights first: they are refused to many
+        path = weights or hub_file("--clip-model conch", CLIPS[name][0], "pytorch_model.bin", otherwise=OTHERWISE)
+        model, tokenize = build_conch(), ConchTokenizer(tokenizer)
+        preprocess = open_clip.image_transform(448, is_train=False)  # bicubic, centre crop, OpenAI's mean and std
+    else:
+        model, preprocess, tokenize, path = build_open_clip(name, weights)
+    if path not in (None, "none"):
+        try:
+            load_conch(model, path) if name == "conch" else open_clip.load_checkpoint(model, path, strict=True)
+        except Exception as error:  # no checkpoint, a broken one, one that holds code, or another model's
+            raise ValueError(f"--clip-model {name}: the weights in {path} cannot be loaded "
+                             f"({' '.join(str(error).split())[:300]})") from None
+    model.eval().requires_grad_(False).to(device)
     model.text.output_tokens = False  # of CoCa models: the pooled feature alone
     return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize)
+
+
+def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
+    """The local path of the first of the files `names` that a Hugging Face repository holds, from its cache or
+    downloaded. repo: "org/model", "hf-hub:org/model" or either with "@revision".
+
+    Raises ValueError of two lines: what is wrong, and what to do. (pairing.py and clipit.py each hold this function,
+    so that each can be copied without the other.)
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    repo, _, revision = repo.rpartition(":")[2].partition("@")
+    for name in names:
+        try:
+            return hf_hub_download(repo, name, revision=revision or None, local_files_only=True)
+        except Exception:  # not there, or no repository's name: the hub's answer below tells
+            pass
+    what = f"{repo} on the hub holds no {' or '.join(names)}"
+    try:
+        for name in names:
+            try:
+                # asked once: hf_hub_download itself tries again for half a minute where there is no connection
+                get_hf_file_metadata(hf_hub_url(repo, name, revision=revision or None), timeout=10)
+                return hf_hub_download(repo, name, revision=revision or None)
+            except errors.LocalEntryNotFoundError:  # an EntryNotFoundError too, but it means: no connection
+                raise
+            except errors.EntryNotFoundError:
+                continue
+    except errors.GatedRepoError:  # a RepositoryNotFoundError too, so it comes first
+        what = f"{repo} is gated, and the hub does not know you as one who may load it"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        what = f"the hub has no repository {repo}, or a private one"
+    except Exception as error:  # no connection, a broken one, a full disk: of many classes
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        what = f"{repo} is not in the cache, and the hub could not be reached or the download broke off ({first})"
+    raise ValueError(f"{flag}: {what}\nask for access on https://huggingface.co/{repo} where it is gated, then log in "
+                     f"(`hf auth login` or HF_TOKEN); or give {otherwise}")
+
+
+def build_open_clip(name: str, weights=None):
+    """(model, preprocess, tokenize, path): an open_clip model and the weights to load into it, None where it has them.
+    Raises like load_clip."""
+    import open_clip
+
+    flag, (model_id, architecture) = f"--clip-model {name}", CLIPS.get(name, (name, None))
+    if architecture and weights:  # then nothing is needed from the hub
+        model_id = architecture
+    scheme, colon, place = model_id.partition(":")
+    tag, of_tag, text, path = "", {}, {}, weights
+    choices = f"choose {', '.join(CLIPS)} or an open_clip id (hf-hub:org/model, local-dir:folder, ViT-B-32/openai)"
+    if not colon:
+        source, _, tag = model_id.partition("/")
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        if source not in open_clip.list_models() or not (tag in tags or weights):
+            known = f" (its weights: {', '.join(tags)})" if tags else ""
+            raise ValueError(f"{flag}: unknown{known}; {choices}")
+        of_tag = open_clip.get_pretrained_cfg(source, tag) or {}
+    else:
+        if scheme == "hf-hub":  # its folder in the hub's cache is a local-dir
+            place = Path(hub_file(flag, place, "open_clip_config.json", otherwise=OTHERWISE)).parent
+        source = f"local-dir:{place}"
+        if not Path(place, "open_clip_config.json").is_file():
+            raise FileNotFoundError(f"{flag}: no open_clip_config.json in that folder; {choices}")
+    own = scheme == "local-dir" and not weights  # open_clip finds the weights in the folder
+    try:
+        logging.disable(logging.WARNING)  # "initialized randomly": the weights come after
+        # force_custom_text keeps the text tower a module of its own, which is what LoRA and training need
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            source, load_weights=own, require_pretrained=own, force_custom_text=True, pretrained_image=False,
+            pretrained_text=False, force_quick_gelu=bool(of_tag.get("quick_gelu")), image_mean=of_tag.get("mean"),
+            image_std=of_tag.get("std"), image_interpolation=of_tag.get("interpolation"),
+            image_resize_mode=of_tag.get("resize_mode"))
+        if scheme == "hf-hub":
+            text = json.loads(Path(place, "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+        # a transformers tokenizer lies in the repository or in another one, not in the folder of the cache
+        tokenize = open_clip.get_tokenizer(model_id if "hf_tokenizer_name" in text else source)
+    except Exception as error:  # open_clip raises of all kinds; what went wrong is the user's to know
+        what = f"could not be loaded ({' '.join(str(error).split())[:200]})"
+        if isinstance(error, ImportError) or "pip install transformers" in what:
+            what = "its text tower needs the transformers package: pip install transformers"
+        raise ValueError(f"{flag}: {what}; {choices}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    if not weights and not own:
+        repo, file = os.path.split(of_tag.get("hf_hub", "")) if tag else (model_id, "")
+        files = (file,) if file else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        path = hub_file(flag, repo, *files, otherwise=OTHERWISE) if repo else open_clip.download_pretrained(of_tag)
+    return model, preprocess, tokenize, path
 
 
 @torch.no_grad()
@@ -176,3 +262,152 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
         return key | {"reports": json.dumps(texts), "tokenizer": str(clip.tokenize(["Colon, biopsy: 12 mm."]).tolist())}
     stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}
+
+
+# ---- CONCH ----------------------------------------------------------------------------------------------------------
+
+class ConchVision(nn.Module):
+    """Images (B, 3, H, W) -> (B, dim), not normalised: a ViT, a query that attends to all its tokens, a projection."""
+
+    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, dim: int):
+        from open_clip.transformer import AttentionalPooler
+        from timm.models.vision_transformer import VisionTransformer
+        super().__init__()
+        self.trunk = VisionTransformer(image_size, patch, embed_dim=width, depth=layers, num_heads=heads, num_classes=0,
+                                       dynamic_img_size=True)
+        self.attn_pool_contrast = AttentionalPooler(dim, width, n_head=8, n_queries=1)
+        self.ln_contrast = nn.LayerNorm(dim)
+        self.proj_contrast = nn.Parameter(dim ** -0.5 * torch.randn(dim, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.trunk.forward_features(images)                             # (B, 1 + patches, width)
+        return self.ln_contrast(self.attn_pool_contrast(tokens)[:, 0]) @ self.proj_contrast
+
+
+def build_conch(image_size=448, patch=16, width=768, layers=12, heads=12, dim=512, vocab=32007, positions=128):
+    """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks."""
+    from open_clip.transformer import TextTransformer
+
+    class ConchText(TextTransformer):
+        """Tokens (B, positions) -> (B, dim), not normalised. The last column is a placeholder for the cls embedding."""
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            # Padding is cut to one column: no other pad is ever looked at, and the cls keeps the last position.
+            last = self.positional_embedding.shape[0] - 1
+            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            used = min(int(((tokens != 0) * columns).max()) + 1, last)           # L
+            tokens, position = tokens[:, :used], self.positional_embedding
+            x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
+            x = x + torch.cat([position[:used], position[last:]])                # (B, L + 1, width)
+            # Causal, and the row of the cls sees key j > 0 where token j - 1 is no pad: off by one, so it sees the
+            # first pad and not itself. The published weights were trained with this (open_clip's legacy mask).
+            mask = self.attn_mask[:used + 1, :used + 1].repeat(len(tokens), 1, 1)
+            mask[:, -1, 1:].masked_fill_(tokens == 0, float("-inf"))
+            x = self.transformer(x, attn_mask=mask.repeat_interleave(self.heads, dim=0))
+            return self.ln_final(x[:, -1]) @ self.text_projection
+
+    model = nn.Module()
+    model.visual = ConchVision(image_size, patch, width, layers, heads, dim)
+    # open_clip adds a position for the cls
+    model.text = ConchText(positions - 1, vocab, width, heads, layers, output_dim=dim, embed_cls=True)
+    return model
+
+
+def load_conch(model: nn.Module, path) -> None:
+    """CONCH's checkpoint into build_conch's towers; of its keys only those that pairing does not use may be absent.
+    Raises RuntimeError that names the keys which are missing, unknown or of another shape."""
+    from timm.models import load_state_dict
+    state = load_state_dict(str(path), weights_only=True)  # unwraps {"state_dict": ...} and strips "module."
+    unused = ("text_decoder.", "visual.attn_pool_caption.", "visual.ln_caption.", "logit_scale")
+    model.load_state_dict({key: value for key, value in state.items() if not key.startswith(unused)})
+
+
+class ConchTokenizer:
+    """list[str] -> LongTensor (B, 128): the byte-level BPE of CONCH in plain Python.
+
+    path: its tokenizer file, None for the published one (downloaded once). It is read with the first text, not before.
+    A row is <start_of_text>, up to 125 tokens, <end_of_text>, zeros; the last column is 0, the place of the cls.
+    Raises ValueError where the file cannot be had or is none.
+    """
+
+    def __init__(self, path=None):
+        self.path, self.known = path, {}
+
+    def read(self) -> None:
+        import regex
+        path = self.path or conch_tokenizer_file()
+        try:
+            file = json.loads(Path(path).read_text(encoding="utf-8"))
+            self.vocab, self.special = file["model"]["vocab"], {t["content"]: t["id"] for t in file["added_tokens"]}
+            self.rank = {tuple(merge.split(" ")): i for i, merge in enumerate(file["model"]["merges"])}
+            self.start, self.end = self.special["<start_of_text>"], self.special["<end_of_text>"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"--clip-tokenizer {path}: not CONCH's tokenizer file "
+                             f"({type(error).__name__}: {error})") from None
+        self.segments = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
+        self.words = regex.compile(  # GPT-2's
+            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]  # stand as the characters from 256 on
+        self.symbol = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        if not hasattr(self, "vocab"):
+            self.read()
+        rows = torch.zeros(len(texts), 128, dtype=torch.long)
+        for row, text in zip(rows, texts):
+            ids = [self.start, *self.encode(text, 125), self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, text: str, most: int) -> list[int]:
+        """The first `most` ids of a text, without start and end."""
+        ids = []
+        for segment in self.segments.split(text):
+            if segment in self.special:
+                ids.append(self.special[segment])
+                continue
+            segment = "".join(character.lower() for character in unicodedata.normalize("NFD", segment)
+                              if not unicodedata.category(character).startswith("M"))  # no accents
+            if segment and not segment.startswith(" "):
+                segment = " " + segment
+            for word in self.words.finditer(segment):
+                if len(ids) >= most:
+                    return ids[:most]
+                ids += self.merge(word.group())
+        return ids[:most]
+
+    def merge(self, word: str) -> list[int]:
+        """Byte-pair encoding: of the neighbouring symbols, the pair of lowest rank is joined until none is known."""
+        if word not in self.known:
+            symbols = [self.symbol[byte] for byte in word.encode()]
+            while len(symbols) > 1:
+                ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(symbols, symbols[1:])]
+                if min(ranks) == len(self.rank):
+                    break
+                i = ranks.index(min(ranks))
+                symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
+            self.known[word] = [self.vocab[symbol] for symbol in symbols if symbol in self.vocab]
+        return self.known[word]
+
+
+def conch_tokenizer_file() -> Path:
+    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded once into the user's cache folder.
+    Raises ValueError where it cannot be downloaded or is another file than expected."""
+    url, sha256 = CONCH_TOKENIZER
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip-it", Path(url).name)
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            content = reply.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"what came is not the file of sha256 {sha256[:8]}...")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a killed run leaves no half file under the name
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(f"--clip-model conch: its tokenizer file could not be downloaded ({error})\n"
+                         f"get {url} elsewhere and give --clip-tokenizer FILE, or take --clip-model quilt") from None
+    return path

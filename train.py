@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clipit import Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
+from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
 from data import DATASETS, Tiles, dataset_folder, draw_shots, find_bad_tiles, load_reports, load_tiles, stratified_split
 from lora import inject_lora
-from pairing import cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
+from pairing import CLIPS, cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
 
@@ -51,7 +51,8 @@ def main(argv=None) -> dict:
     # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
     dataset_folder(args.ds)
     torch.manual_seed(args.sd)  # of random weights, where they are asked for
-    clip = load_clip(args.clip_model, args.clip_weights, device=device)
+    clip = load_clip(args.clip_model, args.clip_weights, args.clip_tokenizer, device)
+    clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
     backbone = load_backbone(args.model, args.weights).to(device)
     reports = load_reports(args.reports)
     tiles = {split: pick_tiles(split, args) for split in SPLITS}
@@ -626,10 +627,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/ and test/ (val/ optional) of class folders")
     flag("data-dir", "data", "where downloaded data sets lie")
     flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt")
-    flag("model", help="backbone: a timm id, hf-hub:... or local-dir:...")
+    flag("model", help=f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:... or local-dir:...; unset, UNI")
     flag("weights", help="local weights of the backbone, or `none` for random ones")
-    flag("clip-model", help="pairing model: quilt, quilt16 or an open_clip id")
+    flag("clip-model", help=f"pairing model: {', '.join(CLIPS)} or an open_clip id; unset, conch")
     flag("clip-weights", help="local weights of the pairing model, or `none` for random ones")
+    flag("clip-tokenizer", help="local tokenizer file of conch, which is downloaded once otherwise")
     flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
     flag("output", help="unset, the name of the data set")
     flag("run", help="unset, the flags that differ from their defaults")
@@ -681,7 +683,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.ds not in DATASETS:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
     row = DATASETS.get(args.ds, {})
-    defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": None, "clip_model": None,
+    defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
                 "reports": None, "shots": None} | row
     defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
     unset = parser.parse_args(["--ds", args.ds])
@@ -689,9 +691,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         for space in (args, unset):
             if hasattr(space, key) and getattr(space, key) is None:
                 setattr(space, key, value if isinstance(value, (int, float)) or value is None else str(value))
-    for key in ("reports", "model", "clip_model"):
-        if getattr(args, key) is None:
-            raise ValueError(f"--ds {args.ds} needs --{key.replace('_', '-')}")
+    if args.reports is None:
+        raise ValueError(f"--ds {args.ds} needs --reports")
     for key, ok, expected in (
             ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
             ("lora_alpha", args.lora_alpha > 0, "more than 0"), ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"),

@@ -104,9 +104,9 @@ def test_weights_that_cannot_be_used(says, world):
     torch.save({"model": object}, world / "code.pth")
     for flag in ("--weights", "--clip-weights"):
         says([flag, world / "no.pth"], flag, "no such file")
-        says([flag, world / "other.pth"], flag, "another architecture", "missing")
-        says([flag, world / "text.pth"], flag, "not a checkpoint")
-        says([flag, world / "code.pth"], flag, "not a checkpoint")
+        says([flag, world / "other.pth"], world / "other.pth", "blocks.0.other")  # the keys are named
+        says([flag, world / "text.pth"], world / "text.pth")
+        says([flag, world / "code.pth"], world / "code.pth")
 
 
 @pytest.mark.parametrize("flag, value, word", [
