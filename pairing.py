@@ -10,6 +10,7 @@ length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve 
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -174,5 +175,6 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
     key = {"model": clip.name, "weights": weights.hexdigest()}
     if texts is not None:
         return key | {"reports": json.dumps(texts), "tokenizer": str(clip.tokenize(["Colon, biopsy: 12 mm."]).tolist())}
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    files = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", str(path))) for path in paths]  # FILE.h5#17 is a tile in an HDF5 file
+    stats = [(str(path), file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
     return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}
