@@ -370,7 +370,7 @@ def _tcga_reports(archive, types, cancer) -> list[str]:
 
 NOISE = (r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]",                 # control characters, undecodable ones
          r"[I1l|]{5,}",                                          # strokes: rules and barcodes, IIIIIII
-         r"(?<![^\W_])(?:(?:[^\w\s()\[\]%+/<>&#]|_)\s?){4,}")    # marks: ____, . ;: -; one that ends a word stays
+         r"(?<![^\W_])(?:(?:[^\w\s()\[\]%+/<>&#]|_)\s?){5,}")    # marks: _____, . ;: - .; one that ends a word stays
 
 
 def clean_report(text: str) -> str:
