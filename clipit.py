@@ -93,8 +93,7 @@ def tile_transform(size: int, mean, std, interpolation: str = "bilinear"):
     """
     from torchvision.transforms import v2
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, v2.InterpolationMode(interpolation), antialias=True),
-                       v2.CenterCrop(size),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+                       v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 class ClipIT(nn.Module):
@@ -190,7 +189,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     """
 
     def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float], std: list[float],
-                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, interpolation: str = "bilinear"):
+                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1,
+                 interpolation: str = "bilinear"):
         import timm
         super().__init__(timm.create_model(architecture, pretrained=False, **model_args), None, len(classes), vision_dim,
                          text_dim, kd_layers)

@@ -62,8 +62,8 @@ DATASETS = {
     "pcam": dict(
         title="PatchCamelyon", licence="CC0", reports="authors:breast", ep=1, val_every=0.1,
         classes=["no_tumor", "tumor"],
-        archives=[dict(url=f"{ZENODO}/2546921/files/{PCAM}_{part}.h5.gz?download=1", to=f"pcam/{PCAM}_{part}.h5", md5=md5,
-                       count=count, gb=count * size * 1e-9, disk_gb=count * size * 1e-9)  # gb: at most, it is compressed
+        archives=[dict(url=f"{ZENODO}/2546921/files/{PCAM}_{part}.h5.gz?download=1", to=f"pcam/{PCAM}_{part}.h5",
+                       md5=md5, count=count, gb=count * size * 1e-9, disk_gb=count * size * 1e-9)  # gb: at most
                   for part, md5, count, size in (
             ("train_x", "01844da899645b4d6f84946d417ba453", 262_144, 96 * 96 * 3),
             ("train_y", "0781386bf6c2fb62d58ff18891466aca", 262_144, 1),
@@ -78,19 +78,18 @@ BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), 
 BACH_VAL_STEP = 20
 
 # Reports by name: [(file in DATA_DIR/reports, url, what it must be: see _verify)], licence, TCGA cancer type to keep.
-# Sure is the repository's name, its commit and the git blob ids, so that no other file passes; its owner is from memory,
-# and the branch of TCGA-Reports is whichever HEAD is. Neither address was tried. colon is COAD without READ: the
-# authors' keyword "colo" leaves the rectum out too.
+# Known for sure are the authors' repository by name and commit, the paths and the git blob ids, so that no other file
+# passes. The repository's owner and the branch of TCGA-Reports (whichever HEAD is) are not, and no address was tried.
+# colon is COAD without READ, as the authors' keyword "colo" leaves the rectum out.
 AUTHORS = "https://github.com/BanafshehKarimian/ModalityPairing/raw/4f2bed7/text"
 TCGA = "https://github.com/tatonetti-lab/tcga-path-reports/raw/HEAD"
+COLON, BREAST = "813e61188db6f4772bb8439c561d668729cf0f6a", "9bd8116c9043f10a5ed38831e7fde089dd19d004"
 UNLICENSED = "none stated; made from Lab-Rasool/TCGA (CC BY-NC-ND 4.0), do not redistribute"
 TCGA_FILES = [("TCGA_Reports.csv.zip", f"{TCGA}/TCGA_Reports.csv.zip", "blob:afaffbc5bc0333aa6f56c0b4dfdfd618983edce8"),
               ("types.csv", f"{TCGA}/data/tcga_metadata/tcga_patient_to_cancer_type.csv", "size:209548")]
 REPORTS = {
-    "authors:colon": ([("text_colo.txt", f"{AUTHORS}/text_colo.txt", "blob:813e61188db6f4772bb8439c561d668729cf0f6a")],
-                      UNLICENSED, None),
-    "authors:breast": ([("text_breast.txt", f"{AUTHORS}/text_breast.txt", "blob:9bd8116c9043f10a5ed38831e7fde089dd19d004")],
-                       UNLICENSED, None),
+    "authors:colon": ([("text_colo.txt", f"{AUTHORS}/text_colo.txt", f"blob:{COLON}")], UNLICENSED, None),
+    "authors:breast": ([("text_breast.txt", f"{AUTHORS}/text_breast.txt", f"blob:{BREAST}")], UNLICENSED, None),
     "tcga:colon": (TCGA_FILES, "MIT", "COAD"),
     "tcga:breast": (TCGA_FILES, "MIT", "BRCA"),
 }
@@ -213,8 +212,8 @@ def _read_bach(folder, split):
     archive, classes = DATASETS["bach"]["archives"][0], DATASETS["bach"]["classes"]
     samples = _counted(_class_folder(folder / archive["to"], classes, (".tif",))[0], folder, archive)
     if len({sum(label == i for _, label in samples) for i in range(4)}) > 1:
-        raise ValueError(f"{folder / archive['to']}: expected 100 images in each class; otherwise the splits' ranges mean "
-                         "other images")
+        raise ValueError(f"{folder / archive['to']}: expected 100 images in each class; otherwise the ranges "
+                         "of the splits mean other images")
     train = [i for first, end in BACH_TRAIN for i in range(first, end)]
     splits = {"train": train, "val": [], "test": sorted(set(range(len(samples))) - set(train))}
     return [samples[i] for i in splits[split]], classes
@@ -240,8 +239,8 @@ READERS = {"crc": _read_crc, "bach": _read_bach, "pcam": _read_pcam}
 def _counted(samples, folder, archive):
     """The samples, if they are as many as published (ValueError)."""
     if len(samples) != archive["count"]:
-        raise ValueError(f"{folder / archive['to']}: found {len(samples):,} tiles, expected {archive['count']:,}; remove it "
-                         "and fetch it again with --download")
+        raise ValueError(f"{folder / archive['to']}: found {len(samples):,} tiles, expected {archive['count']:,}; "
+                         "remove it and fetch it again with --download")
     return samples
 
 
@@ -253,8 +252,9 @@ def _class_folder(folder, classes, extensions=IMG_EXTENSIONS) -> tuple[list[tupl
     if len(found) == 1:
         raise ValueError(f"{folder}: a single class ({found[0]}); a classifier needs two class folders or more")
     if classes is not None and found != classes:
-        raise ValueError(f"{folder}: its classes differ from those expected: only here {set(found) - set(classes) or '-'}"
-                         f", missing {set(classes) - set(found) or '-'}; make the folder names equal")
+        raise ValueError(f"{folder}: its classes differ from those expected: only here "
+                         f"{set(found) - set(classes) or '-'}, missing {set(classes) - set(found) or '-'}; make the "
+                         "folder names equal")
     samples = make_dataset(folder, {name: i for i, name in enumerate(found)}, extensions, allow_empty=True)
     empty = set(range(len(found))) - {label for _, label in samples}
     if empty:
@@ -314,8 +314,8 @@ def load_reports(source, root="data", clean=False) -> list[str]:
     files, licence, cancer = REPORTS.get(str(source), ([], "", None))
     for name, url, expected in files:
         if not Path(root, "reports", name).is_file():
-            raise FileNotFoundError(f"--reports {source}: {Path(root, 'reports', name)} is missing; --download fetches {url}"
-                                    f"\n(licence: {licence}); or give another --reports")
+            raise FileNotFoundError(f"--reports {source}: {Path(root, 'reports', name)} is missing; --download "
+                                    f"fetches {url}\n(licence: {licence}); or give another --reports")
         _verify(Path(root, "reports", name), expected)
     asked, source = source, Path(root, "reports", files[0][0]) if files else Path(source)
     if not source.exists():
@@ -344,7 +344,8 @@ def load_reports(source, root="data", clean=False) -> list[str]:
     if len(set(kept)) < 2:
         raise ValueError(f"--reports {source}: {len(set(kept))} distinct report(s) in it; pairing needs two or more"
                          + (" (a .txt holds one report a line)" if source.suffix == ".txt" else ""))
-    print(f"{asked}: {len(kept)} reports ({len(kept) - len(set(kept))} duplicates), {len(reports) - len(kept)} empty left out")
+    print(f"{asked}: {len(kept)} reports ({len(kept) - len(set(kept))} duplicates), {len(reports) - len(kept)} empty "
+          "left out")
     return kept
 
 
@@ -374,8 +375,8 @@ NOISE = (r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]",                 # control chara
 
 
 def clean_report(text: str) -> str:
-    """The report in one line without runs of scanning noise. Words, numbers and single i, I, 1 and | stay. (The authors'
-    cleaner, for PCAM alone, deletes every one of them: "Invasive, 1.2 cm" becomes "nvasve, . 2 cm".)"""
+    """The report in one line without runs of scanning noise. Words, numbers and single i, I, 1 and | stay. (The
+    authors' cleaner, for PCAM alone, deletes every one of them: "Invasive, 1.2 cm" becomes "nvasve, . 2 cm".)"""
     for pattern in NOISE:
         text = " ".join(re.sub(pattern, " ", text).split())
     return text
@@ -390,14 +391,14 @@ def download(ds, root="data") -> None:
     that is not the published one, which is removed.
     """
     row, root, need = DATASETS.get(ds, {}), Path(root), 0
-    todo = [(archive, root / _file_name(archive["url"])) for archive in row.get("archives", ())
+    todo = [(archive, root / Path(archive["url"].partition("?")[0]).name) for archive in row.get("archives", ())
             if not (root / archive["to"]).exists()]
-    for archive, path in todo:  # a .gz is unpacked on the way and never on the disk
+    for archive, path in todo:  # a .gz is unpacked on the way and never lies on the disk
         here = sum(f.stat().st_size for f in (path, path.with_name(path.name + ".part")) if f.exists())
         need += archive["disk_gb"] * 1e9 + (max(archive["gb"] * 1e9 - here, 0) if path.suffix == ".zip" else 0)
     root.mkdir(parents=True, exist_ok=True)
     if need > (free := shutil.disk_usage(root).free):
-        raise OSError(f"--data-dir {root}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed; make room or give another")
+        raise OSError(f"--data-dir {root}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed; make room")
     for archive, path in todo:
         print(f"{archive['url']} to {root / archive['to']}; licence of {row['title']}: {row['licence']}")
         if path.suffix == ".gz":
@@ -413,16 +414,12 @@ def download(ds, root="data") -> None:
 
 
 def download_reports(source, root="data") -> None:
-    """Fetch what is missing of a key of REPORTS into `root`/reports; nothing for a file or folder. Raises as download."""
+    """Fetch what is missing of a key of REPORTS into `root`/reports; nothing for a file. Raises as download."""
     files, licence, _ = REPORTS.get(str(source), ((), "", None))
     for name, url, expected in files:
         if not Path(root, "reports", name).exists():
             print(f"{url} to {Path(root, 'reports', name)}; licence: {licence}")
             _fetch(url, Path(root, "reports", name), expected)
-
-
-def _file_name(url) -> str:
-    return url.partition("?")[0].rpartition("/")[2]
 
 
 def _fetch(url, path, expected, gunzip=False) -> None:
@@ -450,7 +447,7 @@ def _stream(url, start=0, tries=5):
     """The bytes of url from `start` on. After a break the rest is asked for (HTTP Range); of a server that begins anew,
     the bytes that are here are read past. ConnectionError after `tries` breaks in a row without a new byte."""
     position, total, failed = start, None, 0
-    with tqdm(desc=_file_name(url), initial=start, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=url.rpartition("/")[2], initial=start, unit="B", unit_scale=True, disable=None) as bar:
         while failed < tries:
             time.sleep(2 ** failed if failed else 0)
             request = Request(url, headers={"Range": f"bytes={position}-"} if position else {})
@@ -477,12 +474,13 @@ def _stream(url, start=0, tries=5):
                     raise OSError(f"{url}: the server answers {error.code} {error.reason}") from None
                 reason = error
             failed += 1
-    raise ConnectionError(f"{url}: broke off after {position:,} of {total or '?'} bytes ({reason}); the same command goes on")
+    raise ConnectionError(f"{url}: broke off after {position:,} of {total or '?'} bytes ({reason}); the same command "
+                          "goes on")
 
 
 def _verify(path, expected) -> None:
-    """ValueError unless the file is as `expected`: md5:HEX, blob:HEX (git's id: the sha1 of "blob SIZE", a zero byte and
-    the content), size:BYTES, or zip: (whole by every member's own CRC-32)."""
+    """ValueError unless the file is as `expected`: md5:HEX, blob:HEX (git's id: the sha1 of "blob SIZE", a zero byte
+    and the content), size:BYTES, or zip: (whole by every member's own CRC-32)."""
     kind, _, value = expected.partition(":")
     if kind == "zip":
         try:
@@ -498,7 +496,8 @@ def _verify(path, expected) -> None:
                 digest.update(chunk)
         found = digest.hexdigest()
     if found != value:
-        raise ValueError(f"{path}: {kind} {found}, expected {value or 'no fault'}; remove it and fetch it with --download")
+        raise ValueError(f"{path}: {kind} {found}, expected {value or 'no fault'}; remove it and fetch it again with "
+                         "--download")
 
 
 def _unpack(archive: Path, root: Path, folder: str) -> None:

@@ -175,6 +175,6 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
     key = {"model": clip.name, "weights": weights.hexdigest()}
     if texts is not None:
         return key | {"reports": json.dumps(texts), "tokenizer": str(clip.tokenize(["Colon, biopsy: 12 mm."]).tolist())}
-    files = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", str(path))) for path in paths]  # FILE.h5#17 is a tile in an HDF5 file
+    files = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", str(path))) for path in paths]  # tile 17 of FILE.h5
     stats = [(str(path), file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
     return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}

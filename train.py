@@ -421,12 +421,13 @@ def pick_tiles(split: str, args) -> Tiles:
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Training tiles with the authors' PCAM augmentation after resizing and cropping. What is drawn depends on seed, epoch
-    and tile alone: not on the batch, the number of workers or where a run was resumed."""
+    """Training tiles with the authors' PCAM augmentation after resizing and cropping. What is drawn depends on seed,
+    epoch and tile alone: not on the batch, the number of workers or where a run was resumed."""
 
     def __init__(self, tiles: Tiles, seed: int):
         resize_crop, rest = tiles.transform.transforms[:3], tiles.transform.transforms[3:]  # see tile_transform
-        self.tiles, self.seed, self.epoch = tiles.seen_by(v2.Compose([*resize_crop, AUTHORS_PCAM_CHANGES, *rest])), seed, 0
+        self.tiles = tiles.seen_by(v2.Compose([*resize_crop, AUTHORS_PCAM_CHANGES, *rest]))
+        self.seed, self.epoch = seed, 0
 
     def __len__(self):
         return len(self.tiles)
@@ -545,9 +546,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/ and test/ (val/ optional) of class folders")
     flag("data-dir", "data", "where downloaded data sets lie")
     flag("download", action="store_true", default=False, help="fetch the data set and reports that are not there yet")
-    flag("reports", help=f"a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt, or {', '.join(REPORTS)}")
+    flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt, or "
+         + ", ".join(REPORTS))
     flag("clean-reports", action="store_true", default=False, help="without runs of scanning noise (IIIII, ____)")
-    flag("augment", None, "the authors' training on PCAM: flips, colour jitter, CLIP statistics, bicubic", choices=("authors-pcam",))
+    flag("augment", None, "the authors' training on PCAM: flips, colour jitter, CLIP statistics, bicubic",
+         choices=("authors-pcam",))
     flag("model", help="backbone: a timm id, hf-hub:... or local-dir:...")
     flag("weights", help="local weights of the backbone, or `none` for random ones")
     flag("clip-model", help="pairing model: quilt, quilt16 or an open_clip id")
