@@ -100,14 +100,18 @@ class ClipIT(nn.Module):
     """The model that is trained. Its parts: backbone, text_tower, vision_head, distill_head, text_head, fusion.
 
     backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), or None where no text is learned from;
-    kd_layers: 1 for a linear h_d, 2 for an MLP (the authors' FuserModelKD).
+    kd_layers: 1 for a linear h_d, 2 for an MLP (the authors' FuserModelKD); fused=False: h_v alone, the plain baseline.
     """
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int, vision_dim: int,
-                 text_dim: int, kd_layers: int = 1):
+                 text_dim: int, kd_layers: int = 1, fused: bool = True):
         super().__init__()
-        self.backbone, self.text_tower = backbone, text_tower
+        self.backbone, self.text_tower, self.fused = backbone, text_tower, fused
+        # what a text-free classifier is built from
+        self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim, kd_layers=kd_layers, fused=fused)
         self.vision_head = nn.Linear(vision_dim, num_classes)                                           # h_v
+        if not fused:
+            return
         self.distill_head = nn.Linear(vision_dim, text_dim) if kd_layers == 1 else nn.Sequential(       # h_d
             nn.Linear(vision_dim, vision_dim), nn.LeakyReLU(0.1), nn.Linear(vision_dim, text_dim))
         self.text_head = text_classifier(text_dim, num_classes)                                         # h_t
@@ -122,7 +126,9 @@ class ClipIT(nn.Module):
         return self
 
     def fuse(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """v (B, vision_dim) -> logits (B, C), t-hat (B, text_dim)."""
+        """v (B, vision_dim) -> logits (B, C), t-hat (B, text_dim); without fusion h_v(v) and no t-hat."""
+        if not self.fused:
+            return self.vision_head(v), None
         t_hat = self.distill_head(v)
         return self.fusion(torch.cat([self.vision_head(v), self.text_head(t_hat)], dim=1)), t_hat
 
@@ -133,7 +139,7 @@ class ClipIT(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W) -> v (B, vision_dim), t-hat (B, text_dim), for other tools."""
         v = self.backbone(images)
-        return v, self.distill_head(v)
+        return v, self.fuse(v)[1]
 
     def forward_train(self, images: Tensor, tokens: Tensor, report: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W), tokens (B, L) -> logits (B, C), t-hat (B, text_dim), t (B, text_dim).
@@ -150,17 +156,11 @@ class ClipIT(nn.Module):
         load_backbone, whose recipe the classifier is built from (ValueError otherwise)."""
         if not hasattr(self.backbone, "recipe"):
             raise ValueError("to_classifier: the backbone has no recipe; make it with load_backbone")
-        heads = {name: part for name, part in self.named_children() if name not in ("backbone", "text_tower")}
-        first = self.distill_head if isinstance(self.distill_head, nn.Linear) else self.distill_head[0]
-        last = self.distill_head if isinstance(self.distill_head, nn.Linear) else self.distill_head[-1]
-        classifier = Classifier(
-            **self.backbone.recipe, classes=classes or [f"class_{i}" for i in range(self.fusion.out_features)],
-            vision_dim=first.in_features, text_dim=last.out_features, kd_layers=1 if first is last else 2)
-        # the heads have no LoRA, so the backbone alone is merged
-        merged = merge_lora(self.backbone)
-        classifier.backbone.load_state_dict(merged.state_dict())
-        for name, part in heads.items():
-            getattr(classifier, name).load_state_dict(part.state_dict())
+        classes = classes or [f"class_{i}" for i in range(self.vision_head.out_features)]
+        classifier = Classifier(**self.backbone.recipe, classes=classes, **self.sizes)
+        for name, part in self.named_children():
+            if name != "text_tower":
+                getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
         return classifier.eval()
 
 
@@ -189,11 +189,11 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     """
 
     def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float], std: list[float],
-                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1,
+                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
                  interpolation: str = "bilinear"):
         import timm
         super().__init__(timm.create_model(architecture, pretrained=False, **model_args), None, len(classes), vision_dim,
-                         text_dim, kd_layers)
+                         text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
         self.eval()
 

@@ -93,7 +93,7 @@ def load_clip(name: str, weights=None, device="cpu") -> Clip:
     return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
     """(N, dim) fp32 features of length 1, in the data set's order, on the CPU.
 
@@ -105,7 +105,7 @@ def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) ->
     return torch.cat([clip.encode_image(batch.to(clip.device)).cpu() for batch in images])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
     """(M, dim) fp32 features of length 1, on the CPU. Equal texts are encoded once and have equal features."""
     distinct = list(dict.fromkeys(texts))
@@ -116,7 +116,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
     return features[[position[text] for text in texts]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     """The report of highest cosine for every tile: (index LongTensor (N,), similarity fp32 Tensor (N,)).
 

@@ -3,6 +3,7 @@
     python train.py                                        # the demo: offline, about a minute on two CPU cores
     python train.py --ds my_tiles --reports reports.txt    # my_tiles/{train,test}/CLASS/*.png, one report a line
     python train.py --no-text                              # the ablation: same layers and steps, no distillation
+    python train.py --table runs                           # all finished runs under a folder as Table 1
 
 A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
 predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained.
@@ -15,8 +16,11 @@ import math
 import os
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -44,8 +48,11 @@ def main(argv=None) -> dict:
     """One run; returns what metrics.json holds. Raises ValueError and OSError for bad input, FloatingPointError for a
     loss that is not finite; cli() turns them into a line and an exit code."""
     args = parse_args(argv)
+    if args.table:
+        return table(args.table, args.csv)
     device = torch.device(args.device)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
@@ -76,13 +83,13 @@ def main(argv=None) -> dict:
     text_emb, how = cached(cache / f"reports-{slug(Path(args.reports).stem)}.pt", cache_key(clip, texts=reports),
                            lambda: embed_texts(clip, reports))                                        # (M, text_dim)
     print(f"report features: {how}")
-    pairs, similarity = {}, {}
+    tile_emb, pairs, similarity = {}, {}, {}
     for split in SPLITS:
         seen = tiles[split].seen_by(clip.preprocess)
-        tile_emb, how = cached(cache / f"{split}{subset_name(args)}.pt", cache_key(clip, paths=seen.paths),
-                               lambda: embed_images(clip, seen, args.batch, args.worker))             # (N, text_dim)
+        tile_emb[split], how = cached(cache / f"{split}{subset_name(args)}.pt", cache_key(clip, paths=seen.paths),
+                                      lambda: embed_images(clip, seen, args.batch, args.worker))      # (N, text_dim)
         print(f"{split} tile features for pairing: {how}")
-        pairs[split], similarity[split] = nearest_text(tile_emb, text_emb)                            # (N,), (N,)
+        pairs[split], similarity[split] = nearest_text(tile_emb[split], text_emb)                     # (N,), (N,)
     write_pairs(run / "pairs.csv", tiles, pairs, similarity)
     uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
@@ -100,55 +107,65 @@ def main(argv=None) -> dict:
         v = {split: backbone_features(backbone, seen[split], args) for split in SPLITS}               # (N, vision_dim)
         t = {split: text_emb[pairs[split]] for split in SPLITS}                                       # (N, text_dim)
         torch.manual_seed(args.sd)
-        vision_head = train_head(nn.Linear(v["train"].shape[1], len(classes)), v, labels, args.sd)
-        text_head = train_head(text_classifier(clip.dim, len(classes)), t, labels, args.sd)
+        vision_head = train_head(nn.Linear(v["train"].shape[1], len(classes)), v, labels, args.sd, args.head_steps)
+        text_head = train_head(text_classifier(clip.dim, len(classes)), t, labels, args.sd, args.head_steps)
         with torch.no_grad():
-            heads = {"vision_head": vision_head.state_dict(), "vision_test": vision_head(v["test"]).softmax(dim=1),
-                     "text_test": text_head(t["test"]).softmax(dim=1)}
+            heads = {"start": vision_head.state_dict(), "vision head": vision_head(v["test"]).softmax(dim=1),
+                     "text head": text_head(t["test"]).softmax(dim=1)}
+        # two reference rows on the CLIP image tower: what the retrieved text can know of
+        if "clip-probe" in args.baseline:
+            probe = train_head(nn.Linear(clip.dim, len(classes)), tile_emb, labels, args.sd, args.head_steps)
+            heads["CLIP linear probe"] = probe(tile_emb["test"]).softmax(dim=1).detach()
+        if "zeroshot" in args.baseline:
+            names = DATASETS.get(args.ds, {}).get("prompts") or [re.sub(r"[_-]+", " ", name) for name in classes]
+            prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])               # (C, text_dim)
+            heads["CLIP zero-shot"] = (100 * tile_emb["test"] @ prompts.T).softmax(dim=1)
         save(run / "heads.pt", heads)
 
     # ---- 4. Fuse and distil: LoRA on both towers, CE of the fused logits + lambda (1 - cos(t, t-hat)) ---------------
     # Seeded anew and the text side built last: with and without text, everything else starts from the same numbers.
     torch.manual_seed(args.sd)
-    model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["vision_head"]["weight"].shape[1], clip.dim,
-                   args.kd_layers)
-    model.vision_head.load_state_dict(heads["vision_head"])
+    model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["start"]["weight"].shape[1], clip.dim,
+                   args.kd_layers, fused="lora" not in args.baseline)
+    model.vision_head.load_state_dict(heads["start"])
     targets = ("embedding", "conv2d") if args.no_lin else ("linear", "conv2d", "embedding")
     lora = dict(rank=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
     if args.lora_vision:
         inject_lora(model.backbone, **lora)
     tokens = None
-    if not args.no_text:
+    if not args.no_text and model.fused:
         model.text_tower, tokens = clip.text_tower, clip.tokenize(reports)                            # (M, L)
         if args.lora_text and not args.detach_text:
             inject_lora(model.text_tower, **lora)
         elif not args.drop_words:  # a text that never changes: its features are looked up and the tower is dropped
             model.text_tower, tokens = nn.Embedding.from_pretrained(text_emb), torch.arange(len(reports))
     model.to(device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters for {args.ep} epochs")
+    counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+              "total": sum(p.numel() for p in model.parameters())}
+    write_text(run / "args.json", json.dumps(json.loads((run / "args.json").read_text()) | {"parameters": counts}, indent=1))
+    print(f"training {counts['trained']:,} of {counts['total']:,} parameters for {args.ep} epochs")
     if args.augment:
         seen["train"] = Augmented(seen["train"], args.sd)
-    train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
+    try:
+        train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and the "
+                                "same command with --resume goes on from it") from None
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
-    model.to_classifier(classes).save_pretrained(run / "classifier")
+    save_classifier(model.to_classifier(classes), run / "classifier")
     classifier = Classifier.from_pretrained(run / "classifier").to(device)
     test = predict(classifier, seen["test"], args)                                                    # (N, C)
     write_predictions(run / "predictions.csv", tiles["test"], test)
-    name = "CLIP-IT without text" if args.no_text else "CLIP-IT"
-    right = {row: heads[f"{row}_test"].argmax(dim=1) == labels["test"] for row in ("vision", "text")}
-    gained = int((right["text"] & ~right["vision"]).sum())  # Fig. 3: what the text model knows and vision does not
-    metrics = {
-        "rows": {"vision head": scores(heads["vision_test"], labels["test"]),
-                 "text head": scores(heads["text_test"], labels["test"]), name: scores(test, labels["test"])},
-        "complementarity": {"tiles": gained, "share": gained / len(test),
-                            "share_of_vision_errors": gained / max(int((~right["vision"]).sum()), 1)},
-        "test_tiles": len(test), "classes": classes, "sd": args.sd,
-        "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
-                 if key != "model"}}
+    name = ("LoRA with a plain head" if not model.fused else "CLIP-IT without text" if args.no_text else "CLIP-IT")
+    rows = {row: p for row, p in heads.items() if row != "start"} | {name: test}
+    metrics = {"rows": {row: scores(p, labels["test"]) for row, p in rows.items()},
+               "complementarity": complementarity(heads["vision head"], heads["text head"], labels["test"], classes),
+               "test_tiles": len(test), "classes": classes, "ds": args.ds, "model": args.model, "sd": args.sd,
+               "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
+                        if key != "model"}}
     write_text(run / "metrics.json", json.dumps(finite(metrics), indent=1))
-    print_table(metrics, name, run)
+    print_rows(metrics, run)
     return metrics
 
 
@@ -159,7 +176,7 @@ def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, T
     """A head on features that were computed once, as kaiko-eva 0.1.2 trains its linear probe: AdamW 3e-4, batch 256, at
     most 12,500 steps; the state of the lowest validation loss is kept, looked at every 1 % of the steps, and `patience`
     looks without a lower one end it. features: split -> (N, D); labels: split -> (N,)."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
     n, lowest, waited = len(labels["train"]), math.inf, 0
     rows = (row for _ in iter(int, 1) for row in torch.randperm(n, generator=generator).split(256))
@@ -190,15 +207,15 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     device, n = next(model.parameters()).device, len(tiles["train"])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
-    optimizer = torch.optim.Adam(trainable.values(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(trainable.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(n / args.batch)
     total = args.ep * steps_per_epoch
     every = max(round(args.val_every * steps_per_epoch), 1)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total) if args.scheduler else None
+    scheduler = None
+    if args.scheduler:  # down to a tenth, the authors' 1e-4; by step, where theirs went by epoch and so stood still
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=args.lr / 10)
     order: list[int] = []
-    loader = DataLoader(tiles["train"], args.batch, sampler=order, num_workers=args.worker,
-                        persistent_workers=args.worker > 0 and not args.augment,  # new workers know the epoch
-                        pin_memory=device.type == "cuda")
+    loader = batches(tiles["train"], args, sampler=order, persistent_workers=args.worker > 0 and not args.augment)
     sign = -1 if args.mod == "max" else 1
     state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
 
@@ -222,6 +239,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
         (run / "log.jsonl").write_text("")
         keep_state(0)
 
+    trackers = open_trackers(args, run)
     step, sums, since = state["step"], {}, time.perf_counter()
     bar = tqdm(total=total, initial=step, desc="train", leave=False, disable=None)
     while step < total and not state["stopped"]:
@@ -274,6 +292,8 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
             sums, since = {}, time.perf_counter()
             with open(run / "log.jsonl", "a") as log:
                 log.write(json.dumps(finite(line)) + "\n")
+            for track in trackers:
+                track(line, step)
             state["waited"] += 1
             if sign * val[args.monitor] < sign * state["best"]["value"]:
                 if sign * val[args.monitor] < sign * state["best"]["value"] - args.delta:
@@ -304,32 +324,46 @@ def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens,
     model.eval()
     device = next(model.parameters()).device
     outputs = [model.fuse(model.backbone(images.to(device)))
-               for images, _ in DataLoader(tiles, args.batch, num_workers=args.worker)]
-    logits, t_hat = (torch.cat(parts).float().cpu() for parts in zip(*outputs))
-    t = None
+               for images, _ in batches(tiles, args)]
+    logits, t_hat, t, spread = torch.cat([logits for logits, _ in outputs]).float().cpu(), None, None, {}
     if tokens is not None:
+        t_hat = torch.cat([t_hat for _, t_hat in outputs]).float().cpu()
         used, report = pairs.unique(return_inverse=True)
-        t = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])[report]
+        texts = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])
+        t, spread = texts[report], {"text_spread": text_spread(texts)}
     loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
     metrics = scores(logits.softmax(dim=1), labels)
     return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
-            "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"]}
+            "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"], **spread}
 
 
-@torch.inference_mode()
+def text_spread(features: Tensor) -> float:
+    """1 - mean cosine of two different rows of (R, dim): 0 where all reports have collapsed to one direction."""
+    count, total = len(features), F.normalize(features.double(), dim=1).sum(dim=0)
+    return 1 - ((total @ total - count) / (count * (count - 1))).item() if count > 1 else math.nan
+
+
+@torch.no_grad()
 def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
     """v of every tile, (N, vision_dim) fp32 on the CPU."""
     device = next(backbone.parameters()).device
-    loader = tqdm(DataLoader(tiles, args.batch, num_workers=args.worker), "backbone", leave=False, disable=None)
-    return torch.cat([backbone(images.to(device)).float().cpu() for images, _ in loader]).clone()
+    loader = tqdm(batches(tiles, args), "backbone", leave=False, disable=None)
+    return torch.cat([backbone(images.to(device)).float().cpu() for images, _ in loader])
 
 
 @torch.inference_mode()
 def predict(classifier: Classifier, tiles: Tiles, args) -> Tensor:
     """Class probabilities (N, C) fp32 on the CPU, from images alone."""
     device = next(classifier.parameters()).device
-    loader = tqdm(DataLoader(tiles, args.batch, num_workers=args.worker), "test", leave=False, disable=None)
+    loader = tqdm(batches(tiles, args), "test", leave=False, disable=None)
     return torch.cat([classifier(images.to(device)).float().softmax(dim=1).cpu() for images, _ in loader])
+
+
+def batches(tiles: Tiles, args, **kwargs) -> DataLoader:
+    """(images, labels) in order, or in the sampler's. Its seed for workers comes from a generator of its own, so that
+    the random numbers of training depend neither on the workers nor on how often tiles were read."""
+    return DataLoader(tiles, args.batch, num_workers=args.worker, generator=torch.Generator(),
+                      pin_memory=args.device.startswith("cuda"), **kwargs)
 
 
 def drop_words(report: str, share: float, seed: str) -> str:
@@ -399,6 +433,18 @@ def scores(probabilities: Tensor, labels: Tensor) -> dict:
             "confusion": confusion(probabilities, labels).tolist()}
 
 
+def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    """Fig. 3: the tiles that the text model gets right and the vision model wrong, as count and share, per class too.
+    vision, text: probabilities (N, C)."""
+    wrong = vision.argmax(dim=1) != labels
+    gained = wrong & (text.argmax(dim=1) == labels)
+
+    def count(of):
+        return {"tiles": int(gained[of].sum()), "share": int(gained[of].sum()) / max(int(of.sum()), 1)}
+    return {**count(torch.ones_like(wrong)), "share_of_vision_errors": count(wrong)["share"],
+            "per_class": {name: count(labels == label) for label, name in enumerate(classes)}}
+
+
 # ---- Tiles of a run, its folder and its files -----------------------------------------------------------------------
 
 def pick_tiles(split: str, args) -> Tiles:
@@ -441,7 +487,8 @@ class Augmented(torch.utils.data.Dataset):
 def open_run(args, tiles, reports) -> Path:
     """Make DIR/OUTPUT/RUN with args.json. A folder that holds another configuration is left as it is (ValueError)."""
     run = Path(args.dir, args.output, args.run)
-    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log", "download")
+    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log", "table", "csv", "wandb", "tensorboard",
+              "download")
     digest = hashlib.sha256("\n".join(f"{p} {y}" for s in SPLITS for p, y in zip(tiles[s].paths, tiles[s].labels)).encode())
     config = {key: value for key, value in vars(args).items() if key not in places}
     config |= {"tiles": digest.hexdigest(), "reports_text": hashlib.sha256("\n".join(reports).encode()).hexdigest()}
@@ -455,23 +502,50 @@ def open_run(args, tiles, reports) -> Path:
                 raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(other[:3])}); give another "
                                  "--run, or remove that folder")
         elif args.resume:
-            raise ValueError(f"--resume: there is no run in {run} to go on with")
+            print(f"--resume: there is nothing in {run} yet; starting from the beginning")
         if not args.resume:  # the same configuration again: its old results go first, so that none can be mistaken
+            shutil.rmtree(run / "classifier", ignore_errors=True)
             for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv"):
                 (run / name).unlink(missing_ok=True)
-        write_text(run / "args.json", json.dumps({"config": config, "versions": versions(), "device": str(args.device)},
-                                                 indent=1))
+        write_text(run / "args.json", json.dumps({"config": config, "device": str(args.device)} | versions(), indent=1))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--dir {args.dir}: the run's folder {run} cannot be written or read "
                          f"({type(error).__name__}: {error}); give another --dir") from None
     return run
 
 
-def versions() -> dict[str, str]:
-    """Of the packages whose numbers a result depends on."""
-    from importlib.metadata import version
-    return {"python": sys.version.split()[0]} | {
-        name: version(name) for name in ("torch", "torchvision", "timm", "open_clip_torch", "pillow")}
+def versions() -> dict:
+    """Of Python and the packages whose numbers a result depends on, and the git commit of this file, if any."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "open_clip_torch", "pillow")}
+    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                                                 capture_output=True, text=True)
+    return {"versions": {"python": sys.version.split()[0], **packages}, "commit": git and git.stdout.strip() or None}
+
+
+def open_trackers(args, run: Path) -> list:
+    """What --tensorboard and --wandb ask for, each as a function of a log line and its step."""
+    trackers = []
+    try:
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(run / "tensorboard")
+            trackers.append(lambda line, step: [writer.add_scalar(key, x, step) for key, x in line.items()] and writer.flush())
+        if args.wandb:
+            import wandb
+            project = wandb.init(project="clip-it", name=f"{args.output}/{args.run}", dir=run, config=vars(args))
+            trackers.append(lambda line, step: project.log(line, step=step))
+    except ImportError as error:
+        raise ValueError(f"{'--wandb' if args.wandb else '--tensorboard'}: its package is not installed ({error}); "
+                         f"pip install {'wandb' if args.wandb else 'tensorboard'}") from None
+    return trackers
+
+
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """save_pretrained under a temporary name, then renamed, so that no half-written model is mistaken for one."""
+    shutil.rmtree(folder.with_name("classifier.tmp"), ignore_errors=True)
+    classifier.save_pretrained(folder.with_name("classifier.tmp"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(folder.with_name("classifier.tmp"), folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -515,17 +589,59 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_table(metrics: dict, name: str, run: Path) -> None:
-    notes = {"vision head": "vision head (frozen backbone, unimodal)", "text head": "text head (paired reports)",
-             name: f"{name} (image only)"}
+def print_rows(metrics: dict, run: Path) -> None:
+    notes = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)", "CLIP zero-shot": "",
+             "CLIP linear probe": ""}
     columns = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "macro AUROC"}
     print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in columns.values()))
     for row, values in metrics["rows"].items():
-        print(notes[row].ljust(41) + "".join(f"{100 * values[key]:12.2f}" for key in columns))
+        print((row + notes.get(row, " (image only)")).ljust(41) + "".join(f"{100 * values[key]:12.2f}" for key in columns))
     gained = metrics["complementarity"]
     print(f"complementarity: the text head is right where the vision head is wrong on {gained['tiles']} tiles, "
-          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors")
+          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors\n  by class: "
+          + ", ".join(f"{name} {of['tiles']} ({of['share']:.0%})" for name, of in gained["per_class"].items()))
     print(f"the run lies in {run}")
+
+
+# ---- Table 1 of the paper, from finished runs -----------------------------------------------------------------------
+
+# Balanced accuracy in %, unimodal -> CLIP-IT. Columns: pcam, bach, crc. Unimodal from the paper's Table 1; CLIP-IT with two
+# decimals from the paper too, with one from the table of the authors' README, whose figures are the paper's but rounded.
+PAPER = {
+    "UNI": ((94.24, 95.49), (78.89, 81.8), (94.66, 95.9)), "DINOL14": ((88.88, 92.3), (84.26, 86.1), (94.40, 95.9)),
+    "VITB_16": ((88.13, 91.4), (80.78, 82.9), (95.86, 95.7)), "VITS_16": ((88.43, 90.9), (82.90, 84.6), (93.77, 95.3)),
+    "VITB_8": ((87.54, 91.9), (86.90, 84.91), (95.71, 95.7)), "VITS_8": ((87.90, 90.2), (81.01, 82.6), (94.90, 95.55)),
+}
+
+
+def table(folder, csv_path=None) -> dict:
+    """Print, for every data set, backbone and variant among the finished runs under `folder`, unimodal -> trained as
+    mean +- sd of balanced accuracy in % over n runs, beside the paper's figure where there is one."""
+    found: dict[tuple, list] = {}
+    for path in sorted(Path(folder).rglob("metrics.json")):
+        metrics, config = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())["config"]
+        # runs are repetitions of one another if they differ in the seed (and the tiles it drew) alone
+        same = json.dumps({key: value for key, value in config.items() if key not in ("sd", "tiles")}, sort_keys=True)
+        found.setdefault((config["ds"], config["model"], list(metrics["rows"])[-1], same), []).append(metrics)
+    if not found:
+        raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give the --dir of finished runs")
+    lines = []
+    for (ds, model, row, same), runs in found.items():
+        values = {name: torch.tensor([100 * run["rows"][name]["balanced_accuracy"] for run in runs], dtype=torch.float64)
+                  for name in ("vision head", row)}
+        gain = values[row] - values["vision head"]
+        stats = {key: (x.mean().item(), x.std().item() if len(runs) > 1 else math.nan)
+                 for key, x in (("unimodal", values["vision head"]), ("trained", values[row]), ("gain", gain))}
+        paper = PAPER.get(model, {}) and dict(zip(("pcam", "bach", "crc"), PAPER[model])).get(ds) or ("", "")
+        lines.append({"ds": ds, "model": model, "row": row, "n": len(runs), **{
+            f"{key}_{name}": x for key, pair in stats.items() for name, x in zip(("mean", "sd"), pair)},
+            "paper_unimodal": paper[0], "paper_clipit": paper[1] if row == "CLIP-IT" else "", "flags": same})
+        shown = [f"{mean:.2f} ± {sd:.2f}" for mean, sd in stats.values()]
+        print(f"{ds}  {Path(model).name}  unimodal {shown[0]} -> {row} {shown[1]}  (gain {shown[2]}, n = {len(runs)})"
+              + (f"   paper: {paper[0]} -> {paper[1]}" if paper[0] and row == "CLIP-IT" else ""))
+    if csv_path:
+        write_csv(Path(csv_path), list(lines[0]), (line.values() for line in lines))
+    return {"table": lines}
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -568,6 +684,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("lr", 1e-3, "of Adam", float)
     flag("weight-decay", 1e-4, "L2 in the gradient, as the authors have it", float)
     flag("ep", None, "epochs", int)
+    flag("head-steps", 12500, "at most so many steps for the vision head and the text head", int)
     flag("worker", None, "processes that decode tiles", int)
     flag("clip", 0.5, "largest norm of the gradient; 0: no limit", float)
     flag("scheduler", 0, "1: cosine by step down to 0", int, choices=(0, 1))
@@ -591,8 +708,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("delta", 0.0, "what counts as an improvement for --early", float)
     flag("chkpnt", 0, "1: keep the trained state of every validation", int, choices=(0, 1))
     flag("log", 1, "validations for each printed line", int)
+    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; zeroshot, clip-probe: rows of the CLIP image tower",
+         nargs="+", choices=("lora", "zeroshot", "clip-probe"))
+    flag("tensorboard", action="store_true", default=False, help="log to RUN/tensorboard too")
+    flag("wandb", 0, "1: log to Weights & Biases too", int, choices=(0, 1))
+    flag("table", help="print the finished runs under this folder as Table 1, and end")
+    flag("csv", help="write the table to this file too")
     flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
     args = parser.parse_args(argv)
+    if args.table:
+        return args
 
     if args.ds not in DATASETS:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
@@ -612,6 +737,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
             ("lora_alpha", args.lora_alpha > 0, "more than 0"), ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"),
             ("batch", args.batch >= 1, "1 or more"), ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
+            ("head_steps", args.head_steps >= 1, "1 or more"),
             ("val_int", args.val_int is None or 0 < args.val_int < 1, "a share between 0 and 1, such as 0.2"),
             ("limit", args.limit is None or 0 < args.limit < 1, "a share between 0 and 1, such as 0.1"),
             ("drop_words", 0 <= args.drop_words < 1, "a share from 0 to below 1, such as 0.3"),
@@ -623,8 +749,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.output = args.output or slug(Path(args.ds).name)
     # the run's name tells the flags that differ from the data set's defaults
-    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad", "download")
-    differ = [key.replace("_", "-") + ("" if value is True else f"-{Path(str(value)).name}")
+    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad", "wandb", "tensorboard",
+              "download")
+    differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
+                                       else f"-{Path(str(value)).name}")
               for key, value in vars(args).items() if key not in places and value != getattr(unset, key)]
     args.run = args.run or slug("_".join(differ)) or "base"
     return args
@@ -650,8 +778,8 @@ def cli() -> None:
         sys.exit(fail(str(error), 2))
     except FloatingPointError as error:
         sys.exit(fail(str(error), 1))
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped; the state of the last validation is kept, the same command with --resume goes on from it", 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(fail(str(stop) or "stopped", 2))
 
 
 def fail(message: str, code: int) -> int:

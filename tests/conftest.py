@@ -43,4 +43,4 @@ def world(tmp_path) -> Path:
 def argv(world) -> list[str]:
     """A run on that world: two epochs of three steps."""
     return ["--ds", world / "tiles", "--reports", world / "reports.txt", *MODELS, "--dir", world / "runs", "--run", "r",
-            "--batch", 8, "--ep", 2, "--worker", 0]
+            "--batch", 8, "--ep", 2, "--worker", 0, "--head-steps", 200]

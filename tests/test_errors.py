@@ -140,8 +140,8 @@ def test_a_run_folder_that_holds_another_configuration_is_left_as_it_is(argv, wo
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_nothing_to_resume(says):
-    says(["--resume"], "--resume", "no run")
+def test_no_finished_runs_to_put_in_a_table(capsys, monkeypatch, tmp_path):
+    assert "no metrics.json" in refused(["--table", tmp_path], capsys, monkeypatch)
 
 
 def test_a_real_process_exits_with_2_and_no_traceback(argv):

@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_was_not(argv, stop
     assert ended.value.code == 2 and "--resume" in said and "last.pt" in said and "Traceback" not in said
     assert not (run_folder(argv) / "metrics.json").exists()
     monkeypatch.setattr(train, "validate", validate)
-    monkeypatch.setattr(train, "train_head", None)  # finished steps are not done again
+    monkeypatch.setattr(train, "train_head", None)  # raises if called: finished steps are not done again
     train.main(another(argv, "r", *more, "--resume"))
     assert bytes_of(argv) == bytes_of(another(argv, "whole"))
     log = [json.loads(line)["step"] for line in (run_folder(argv) / "log.jsonl").read_text().splitlines()]
@@ -176,7 +176,7 @@ def test_the_vision_head_of_step_two_is_where_fusion_starts(argv, monkeypatch):
     with pytest.raises(FileNotFoundError):  # there is no last.pt, since nothing was trained
         train.main(argv)
     heads = torch.load(run_folder(argv) / "heads.pt", weights_only=True)
-    assert torch.equal(started[0], heads["vision_head"]["weight"])
+    assert torch.equal(started[0], heads["start"]["weight"])
 
 
 def test_the_best_state_by_the_monitor_is_what_is_tested(argv, monkeypatch):
@@ -235,6 +235,138 @@ def test_the_heads_take_the_state_of_the_lowest_validation_loss():
     at_best = torch.nn.functional.cross_entropy(head(x["val"]), y["val"])
     on = train.train_head(head, {"train": x["train"], "val": x["train"]}, {"train": y["train"], "val": y["train"]}, 0, 3000)
     assert at_best < torch.nn.functional.cross_entropy(on(x["val"]), y["val"])
+
+
+def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_too():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    vision, text = torch.eye(2)[[0, 1, 1, 1, 0]], torch.eye(2)[[1, 0, 1, 0, 1]]
+    assert train.complementarity(vision, text, labels, ["a", "b"]) == {
+        "tiles": 2, "share": 2 / 5, "share_of_vision_errors": 2 / 3,
+        "per_class": {"a": {"tiles": 1, "share": 1 / 3}, "b": {"tiles": 1, "share": 1 / 2}}}
+
+
+def test_text_spread_is_one_minus_the_mean_cosine_of_two_reports():
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    cosines = [torch.nn.functional.cosine_similarity(features[i], features[j], dim=0).item()
+               for i in range(7) for j in range(7) if i != j]
+    assert train.text_spread(features) == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
+    assert train.text_spread(features[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_spread_of_a_fixed_text_stays_and_that_of_a_trained_one_moves(argv):
+    for run, more, moves in (("fixed", ["--detach-text"], False), ("trained", [], True)):
+        train.main(another(argv, run, *more))
+        log = (run_folder(another(argv, run)) / "log.jsonl").read_text().splitlines()
+        spreads = [json.loads(line)["text_spread"] for line in log]
+        assert (spreads[0] != spreads[1]) == moves
+
+
+def test_the_lora_baseline_has_lora_and_the_vision_head_alone(argv, monkeypatch):
+    models = []
+    train_clipit = train.train_clipit
+    monkeypatch.setattr(train, "train_clipit", lambda model, *rest: models.append(model) or train_clipit(model, *rest))
+    metrics = train.main(argv + ["--baseline", "lora"])
+    assert list(metrics["rows"])[-1] == "LoRA with a plain head"
+    trained = {name.split(".")[0] for name, p in models[0].named_parameters() if p.requires_grad}
+    assert trained == {"backbone", "vision_head"}
+    classifier = Classifier.from_pretrained(run_folder(argv) / "classifier")
+    assert {name.split(".")[0] for name in classifier.state_dict()} == trained
+
+
+def test_zero_shot_is_the_nearest_class_prompt(argv):
+    from pairing import embed_images, embed_texts, load_clip
+    metrics = train.main(argv + ["--baseline", "zeroshot", "clip-probe"])
+    assert list(metrics["rows"]) == ["vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "CLIP-IT"]
+    clip = load_clip(argv[argv.index("--clip-model") + 1])
+    tiles = load_tiles(argv[1], "test", transform=clip.preprocess)
+    prompts = embed_texts(clip, [f"an H&E image of {name}." for name in "ABC"])
+    nearest = (embed_images(clip, tiles) @ prompts.T).argmax(dim=1)
+    right = (nearest == torch.tensor(tiles.labels)).double().mean().item()
+    assert metrics["rows"]["CLIP zero-shot"]["accuracy"] == pytest.approx(right)
+
+
+def test_the_table_gathers_runs_that_differ_in_the_seed_alone(argv, capsys):
+    folder = argv[argv.index("--dir") + 1]
+    gains = []
+    for sd in (0, 1):
+        rows = train.main(another(argv, f"sd{sd}", "--sd", sd))["rows"]
+        gains.append(100 * (rows["CLIP-IT"]["balanced_accuracy"] - rows["vision head"]["balanced_accuracy"]))
+    train.main(another(argv, "other", "--no-text"))
+    capsys.readouterr()
+    lines = train.main(["--table", folder, "--csv", folder / "table.csv"])["table"]
+    both = next(line for line in lines if line["row"] == "CLIP-IT")
+    assert both["n"] == 2 and both["gain_mean"] == pytest.approx(sum(gains) / 2)
+    assert both["gain_sd"] == pytest.approx(abs(gains[0] - gains[1]) / 2 ** 0.5)
+    assert "n = 2" in capsys.readouterr().out
+    with open(folder / "table.csv") as file:
+        assert [row["row"] for row in csv.DictReader(file)] == [line["row"] for line in lines]
+
+
+def test_what_a_run_was_is_in_args_json(argv):
+    train.main(argv)
+    held = json.loads((run_folder(argv) / "args.json").read_text())
+    assert held["config"]["lora_r"] == 16 and len(held["config"]["tiles"]) == len(held["config"]["reports_text"]) == 64
+    assert held["versions"]["torch"] == torch.__version__.split("+")[0] and held["device"] == "cpu"
+    assert 0 < held["parameters"]["trained"] < held["parameters"]["total"] and "commit" in held
+
+
+@pytest.mark.parametrize("flag", [["--wandb", 1], ["--tensorboard"]])
+def test_a_tracker_that_is_not_installed_is_one_line(argv, flag, monkeypatch, capsys):
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv + flag)])
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and "pip install" in said and flag[0] in said and len(said.splitlines()) == 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+import torch
+import pairing, train
+torch.set_num_threads(1)
+place, calls, saved = {place!r}, [0], torch.save
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def save(state, path):  # dies with half a file written
+    saved(state, path)
+    calls[0] += 1
+    if place == f"save {{calls[0]}}":
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+torch.save = save
+if place == "between heads":
+    head = train.train_head
+    train.train_head = lambda *args: (calls.append(1), die() if len(calls) == 3 else None, head(*args))[-1]
+if place == "after log":
+    finite = train.finite
+    train.open_trackers = lambda args, run: [lambda line, step: die() if step == 4 else None]
+if place == "before metrics":
+    train.predict = lambda *args: die()
+train.main({argv!r})
+"""
+
+
+@pytest.mark.parametrize("place", ["save 2", "between heads", "save 5", "save 7", "after log", "before metrics"])
+def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, place):
+    """Killed inside a write (of the cache, of heads.pt, of last.pt), between steps and between writes."""
+    more = ["--val-every", 0.5, "--lora-dropout", 0.1]
+    whole, killed = another(argv, "whole", *more), another(argv, "killed", *more)
+    code = KILLED.format(root=str(ROOT), place=place, argv=[str(word) for word in killed])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert not (run_folder(killed) / "metrics.json").exists()
+    train.main(killed + ["--resume"])
+    train.main(whole)
+    assert bytes_of(killed) == bytes_of(whole)
+    steps = [[json.loads(line)["step"] for line in (run_folder(a) / "log.jsonl").read_text().splitlines()]
+             for a in (whole, killed)]
+    assert steps[0] == steps[1] == [2, 4, 6]
 
 
 def test_the_modules_import_only_what_the_design_allows():
