@@ -155,15 +155,15 @@ def load_weights(model: nn.Module, path) -> None:
     model.load_state_dict(state)
 
 
-def tile_transform(size: int, mean, std):
-    """PIL image -> (3, size, size): shortest side to `size` (bilinear, antialias), centre crop, (x - mean) / std.
+def tile_transform(size: int, mean, std, interpolation: str = "bilinear"):
+    """PIL image -> (3, size, size): shortest side to `size` (antialias), centre crop, (x - mean) / std.
 
     On uint8 tensors and in this order, as kaiko-eva's ResizeAndCrop does it (Datasets section 3.1 there). The whole
     tile is used: no crop_pct, since a tile's border is tissue like its centre.
     """
     from torchvision.transforms import v2
-    return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    return v2.Compose([v2.PILToTensor(), v2.Resize(size, v2.InterpolationMode(interpolation), antialias=True),
+                       v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 class ClipIT(nn.Module):
@@ -259,11 +259,12 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     """
 
     def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float], std: list[float],
-                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True):
+                 classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
+                 interpolation: str = "bilinear"):
         import timm
         super().__init__(timm.create_model(architecture, pretrained=False, **model_args), None, len(classes), vision_dim,
                          text_dim, kd_layers, fused)
-        self.classes, self.preprocess = list(classes), tile_transform(size, mean, std)
+        self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
         self.eval()
 
     @classmethod

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import unicodedata
 import urllib.request
 from dataclasses import dataclass
@@ -260,7 +261,8 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
     key = {"model": clip.name, "weights": weights.hexdigest()}
     if texts is not None:
         return key | {"reports": json.dumps(texts), "tokenizer": str(clip.tokenize(["Colon, biopsy: 12 mm."]).tolist())}
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    files = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", str(path))) for path in paths]  # tile 17 of FILE.h5
+    stats = [(str(path), file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
     return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}
 
 

@@ -27,14 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
-from data import DATASETS, Tiles, dataset_folder, draw_shots, find_bad_tiles, load_reports, load_tiles, stratified_split
+from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
+                  load_reports, load_tiles, stratified_split)
 from lora import inject_lora
 from pairing import CLIPS, cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
+# What the authors feed PCAM to every backbone with: OpenAI CLIP's statistics, bicubic; and in training these changes
+AUTHORS_PCAM = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
+                    interpolation="bicubic")
+AUTHORS_PCAM_CHANGES = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5),
+                                   v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05)])
 
 
 def main(argv=None) -> dict:
@@ -49,12 +56,16 @@ def main(argv=None) -> dict:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
-    dataset_folder(args.ds)
+    if not args.download:
+        dataset_folder(args.ds, args.data_dir)
     torch.manual_seed(args.sd)  # of random weights, where they are asked for
     clip = load_clip(args.clip_model, args.clip_weights, args.clip_tokenizer, device)
     clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
     backbone = load_backbone(args.model, args.weights).to(device)
-    reports = load_reports(args.reports)
+    if args.download:
+        download(args.ds, args.data_dir)
+        download_reports(args.reports, args.data_dir)
+    reports = load_reports(args.reports, args.data_dir, args.clean_reports)
     tiles = {split: pick_tiles(split, args) for split in SPLITS}
     labels = {split: torch.tensor(tiles[split].labels) for split in SPLITS}
     classes = tiles["train"].classes
@@ -63,7 +74,7 @@ def main(argv=None) -> dict:
     run = open_run(args, tiles, reports)
     print(f"{args.ds}: {len(classes)} classes, tiles "
           + ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
-          + f"; {len(reports)} reports ({len(reports) - len(set(reports))} duplicates); on {device}")
+          + f"; {len(reports)} reports; on {device}")
     for name, what in ((args.model, args.weights), (args.clip_model, args.clip_weights)):
         if what == "none":
             print(f"{name}: random weights, as asked for; its features mean nothing")
@@ -86,7 +97,10 @@ def main(argv=None) -> dict:
           f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity {torch.cat(list(similarity.values())).mean():.3f}")
 
     # ---- 2. Vision head h_v on the frozen backbone (the unimodal row); 3. text head on the paired reports -----------
-    image_of = tile_transform(backbone.recipe["size"], backbone.recipe["mean"], backbone.recipe["std"])
+    if args.augment:
+        backbone.recipe |= AUTHORS_PCAM
+    image_of = tile_transform(**{key: value for key, value in backbone.recipe.items()
+                                 if key in ("size", "mean", "std", "interpolation")})
     seen = {split: tiles[split].seen_by(image_of) for split in SPLITS}
     if args.resume and (run / "heads.pt").exists():
         heads = torch.load(run / "heads.pt", weights_only=True)
@@ -131,6 +145,8 @@ def main(argv=None) -> dict:
               "total": sum(p.numel() for p in model.parameters())}
     write_text(run / "args.json", json.dumps(json.loads((run / "args.json").read_text()) | {"parameters": counts}, indent=1))
     print(f"training {counts['trained']:,} of {counts['total']:,} parameters for {args.ep} epochs")
+    if args.augment:
+        seen["train"] = Augmented(seen["train"], args.sd)
     try:
         train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
     except KeyboardInterrupt:
@@ -200,7 +216,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     if args.scheduler:  # down to a tenth, the authors' 1e-4; by step, where theirs went by epoch and so stood still
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=args.lr / 10)
     order: list[int] = []
-    loader = batches(tiles["train"], args, sampler=order, persistent_workers=args.worker > 0)
+    loader = batches(tiles["train"], args, sampler=order, persistent_workers=args.worker > 0 and not args.augment)
     sign = -1 if args.mod == "max" else 1
     state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
 
@@ -230,6 +246,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     while step < total and not state["stopped"]:
         epoch, offset = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(args.sd * 100_003 + epoch)
+        tiles["train"].epoch = epoch  # for Augmented
         order[:] = torch.randperm(n, generator=generator)[offset * args.batch:].tolist()
         model.train()
         for batch, (images, target) in enumerate(loader):
@@ -450,10 +467,29 @@ def pick_tiles(split: str, args) -> Tiles:
     return tiles
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Training tiles with the authors' PCAM augmentation after resizing and cropping. What is drawn depends on seed,
+    epoch and tile alone: not on the batch, the number of workers or where a run was resumed."""
+
+    def __init__(self, tiles: Tiles, seed: int):
+        resize_crop, rest = tiles.transform.transforms[:3], tiles.transform.transforms[3:]  # see tile_transform
+        self.tiles = tiles.seen_by(v2.Compose([*resize_crop, AUTHORS_PCAM_CHANGES, *rest]))
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self):
+        return len(self.tiles)
+
+    def __getitem__(self, index):
+        with torch.random.fork_rng(devices=()):  # transforms draw from the global generator of the CPU
+            torch.default_generator.manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
+            return self.tiles[index]
+
+
 def open_run(args, tiles, reports) -> Path:
     """Make DIR/OUTPUT/RUN with args.json. A folder that holds another configuration is left as it is (ValueError)."""
     run = Path(args.dir, args.output, args.run)
-    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log", "table", "csv", "wandb", "tensorboard")
+    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log", "table", "csv", "wandb", "tensorboard",
+              "download")
     digest = hashlib.sha256("\n".join(f"{p} {y}" for s in SPLITS for p, y in zip(tiles[s].paths, tiles[s].labels)).encode())
     config = {key: value for key, value in vars(args).items() if key not in places}
     config |= {"tiles": digest.hexdigest(), "reports_text": hashlib.sha256("\n".join(reports).encode()).hexdigest()}
@@ -626,7 +662,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/ and test/ (val/ optional) of class folders")
     flag("data-dir", "data", "where downloaded data sets lie")
-    flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt")
+    flag("download", action="store_true", default=False, help="fetch the data set and reports that are not there yet")
+    flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt, or "
+         + ", ".join(REPORTS))
+    flag("clean-reports", action="store_true", default=False, help="without runs of scanning noise (IIIII, ____)")
+    flag("augment", None, "the authors' training on PCAM: flips, colour jitter, CLIP statistics, bicubic",
+         choices=("authors-pcam",))
     flag("model", help=f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:... or local-dir:...; unset, UNI")
     flag("weights", help="local weights of the backbone, or `none` for random ones")
     flag("clip-model", help=f"pairing model: {', '.join(CLIPS)} or an open_clip id; unset, conch")
@@ -661,7 +702,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
     flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
     flag("double-softmax", action="store_true", default=False, help="the authors' loss: cross-entropy of softmax outputs")
-    flag("val-every", 1.0, "epochs between validations", float)
+    flag("val-every", None, "epochs between validations (crc, pcam: 0.1)", float)
     flag("monitor", "val_loss", "best state and --early", choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
     flag("early", 0, "1: stop when --monitor stands still", int, choices=(0, 1))
@@ -684,7 +725,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
     row = DATASETS.get(args.ds, {})
     defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
-                "reports": None, "shots": None} | row
+                "reports": None, "shots": None, "val_every": 1.0} | row
     defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
     unset = parser.parse_args(["--ds", args.ds])
     for key, value in defaults.items():
@@ -709,7 +750,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.output = args.output or slug(Path(args.ds).name)
     # the run's name tells the flags that differ from the data set's defaults
-    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad", "wandb", "tensorboard")
+    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad", "wandb", "tensorboard",
+              "download")
     differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
                                        else f"-{Path(str(value)).name}")
               for key, value in vars(args).items() if key not in places and value != getattr(unset, key)]
