@@ -137,21 +137,19 @@ def load_weights(model: nn.Module, path) -> None:
         state = load_state_dict(str(path), weights_only=True)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than named tensors")
-        if isinstance(model, VisionTransformer):  # a file with DINOv2's names, or with another grid of positions
-            state = checkpoint_filter_fn(state, model)
     except Exception as error:  # every kind of broken or hostile file ends here, unread
-        raise ValueError(f"--weights {path}: not a whole checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
+        raise ValueError(f"--weights {path}: not a checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
                          "expected a state dict saved by torch.save or safetensors") from None
+    if isinstance(model, VisionTransformer) and any("patch_embed" in key for key in state):
+        state = checkpoint_filter_fn(state, model)  # a file with DINOv2's names, or with another grid of positions
     own = model.state_dict()
     classifier = tuple(f"{name}." for name in ("head", "fc", "classifier") if not any(k.startswith(f"{name}.") for k in own))
     state = {key: value for key, value in state.items() if not key.startswith(classifier)}
-    wrong = ([f"{key} is missing" for key in own if key not in state]
-             + [f"{key} is not in the model" for key in state if key not in own]
-             + [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}" for key in own
-                if key in state and state[key].shape != own[key].shape])
-    if wrong:
-        raise ValueError(f"--weights {path}: of another architecture: {'; '.join(wrong[:3])}"
-                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    wrong = {"missing": own.keys() - state.keys(), "not in the model": state.keys() - own.keys(),
+             "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}}
+    if any(wrong.values()):
+        raise ValueError(f"--weights {path}: of another architecture: " + "; ".join(
+            f"{len(keys)} keys {what}, such as {min(keys)}" for what, keys in wrong.items() if keys))
     model.load_state_dict(state)
 
 
