@@ -138,8 +138,9 @@ def load_weights(model: nn.Module, path) -> None:
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError("it holds more than named tensors")
     except Exception as error:  # every kind of broken or hostile file ends here, unread
-        raise ValueError(f"--weights {path}: not a checkpoint of tensors ({str(error).splitlines()[0][:120]}); "
-                         "expected a state dict saved by torch.save or safetensors") from None
+        first = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"--weights {path}: not a checkpoint of tensors ({first}); expected a state dict saved by "
+                         "torch.save or safetensors") from None
     if isinstance(model, VisionTransformer) and any("patch_embed" in key for key in state):
         state = checkpoint_filter_fn(state, model)  # a file with DINOv2's names, or with another grid of positions
     own = model.state_dict()

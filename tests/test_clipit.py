@@ -11,7 +11,7 @@ from conftest import DEMO, REPORTS, ROOT
 from PIL import Image
 from torch import nn
 
-from clipit import Classifier, ClipIT, clipit_loss, load_backbone, load_weights, text_classifier, tile_transform
+from clipit import Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
 from lora import inject_lora
 from pairing import load_clip
 
@@ -206,7 +206,7 @@ def test_weights_that_do_not_fit_are_refused_in_words(content, says, tmp_path, m
         load_backbone("test_vit", "w.pth")
     assert not (tmp_path / "opened_by_a_pickle").exists()
     with pytest.raises(FileNotFoundError, match="no such file"):
-        load_weights(nn.Linear(1, 1), "nowhere.pth")
+        load_backbone("test_vit", "nowhere.pth")
 
 
 def test_an_unknown_backbone_is_refused_with_choices():
