@@ -4,10 +4,17 @@
     classifier = Classifier.from_pretrained("runs/demo/base/classifier")     # text-free, plain modules
     probabilities = classifier.predict([PIL_image, ...])                     # (B, C)
 
+    python clipit.py runs/demo/base tiles/ more.png --csv out.csv             # class probabilities of files, no text
+
 Travels with lora.py (for training; a saved Classifier needs neither LoRA nor any text). The symbols of the paper:
 v = backbone(image), t = text_tower(report of the tile), t-hat = h_d(v); logits = fusion([h_v(v), h_t(t-hat)]);
 loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat)).
 """
+import argparse
+import contextlib
+import csv
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -269,7 +276,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, directory_or_hub_id, **kwargs) -> "Classifier":
         """The mixin's from_pretrained, strict: a file that does not hold every weight is refused."""
-        return super().from_pretrained(directory_or_hub_id, strict=True, **kwargs)
+        with contextlib.redirect_stdout(sys.stderr):  # the mixin prints, and standard output may be a .csv
+            return super().from_pretrained(directory_or_hub_id, strict=True, **kwargs)
 
     @torch.inference_mode()
     def predict(self, images) -> Tensor:
@@ -277,3 +285,74 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         device = self.fusion.weight.device
         batch = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
         return self(batch.to(device)).softmax(dim=1).cpu()
+
+
+# ---- Command line: class probabilities of image files ---------------------------------------------------------------
+
+def main(argv=None) -> int:
+    """Write path, pred and one probability a class for every image; the exit code: 0, or 1 where one was unreadable."""
+    from PIL import Image
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(prog="clipit.py", description="Class probabilities of tiles, from the image alone.")
+    parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
+    parser.add_argument("images", nargs="+", help="image files and folders (with all folders in them)")
+    parser.add_argument("--csv", help="the file to write; unset, standard output")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--worker", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast to this type")
+    args = parser.parse_args(argv)
+
+    inside = Path(args.model, "classifier")
+    classifier = Classifier.from_pretrained(inside if inside.is_dir() else args.model).to(args.device)
+    paths = []
+    for given in map(Path, args.images):
+        if not given.exists():
+            raise FileNotFoundError(f"{given}: no such file or folder")
+        found = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS) if given.is_dir() else [given]
+        if not found:
+            raise ValueError(f"{given}: no image in it ({' '.join(IMG_EXTENSIONS)})")
+        paths += found
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            try:
+                with Image.open(paths[index]) as image:
+                    return paths[index], classifier.preprocess(image.convert("RGB")), None
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                return paths[index], None, str(error)
+
+    loader = torch.utils.data.DataLoader(Files(), args.batch, num_workers=args.worker, collate_fn=list)
+    bad, part = 0, args.csv and f"{args.csv}.tmp"
+    file = open(part, "w", newline="") if part else sys.stdout
+    writer = csv.writer(file)
+    writer.writerow(["path", "pred", *classifier.classes])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    with torch.inference_mode(), torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None):
+        for batch in tqdm(loader, "tiles", disable=None if part else True):
+            for path, _, error in batch:
+                if error is not None:
+                    bad += 1
+                    print(f"clipit.py: {path}: not a readable image ({error}); left out", file=sys.stderr)
+            good = [(path, image) for path, image, error in batch if error is None]
+            if good:
+                images = torch.stack([image for _, image in good]).to(args.device)
+                for (path, _), row in zip(good, classifier(images).float().softmax(dim=1).cpu()):
+                    writer.writerow([path, classifier.classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
+    if part:
+        file.close()
+        os.replace(part, args.csv)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"clipit.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -760,8 +760,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def slug(text: str) -> str:
-    """A file name made of the text."""
-    return re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")[-100:]
+    """A file name made of the text; what is too long for one is cut and told apart by its hash."""
+    name = re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def subset_name(args) -> str:
