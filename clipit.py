@@ -176,11 +176,12 @@ class ClipIT(nn.Module):
     """The model that is trained. Its parts: backbone, text_tower, vision_head, distill_head, text_head, fusion.
 
     backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), or None where no text is learned from;
-    kd_layers: 1 for a linear h_d, 2 for an MLP (the authors' FuserModelKD); fused=False: h_v alone, the plain baseline.
+    kd_layers: 1 for a linear h_d, 2 for an MLP (the authors' FuserModelKD); fused=False: h_v alone, the plain baseline;
+    random_fusion: the authors' start of the fusion layer.
     """
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int, vision_dim: int,
-                 text_dim: int, kd_layers: int = 1, fused: bool = True):
+                 text_dim: int, kd_layers: int = 1, fused: bool = True, random_fusion: bool = False):
         super().__init__()
         self.backbone, self.text_tower, self.fused = backbone, text_tower, fused
         # what a text-free classifier is built from
@@ -192,6 +193,12 @@ class ClipIT(nn.Module):
             nn.Linear(vision_dim, vision_dim), nn.LeakyReLU(0.1), nn.Linear(vision_dim, text_dim))
         self.text_head = text_classifier(text_dim, num_classes)                                         # h_t
         self.fusion = nn.Linear(2 * num_classes, num_classes)
+        if not random_fusion:
+            # Fused logits start as h_v(v) + h_t(t-hat), so training starts from the unimodal classifier of step 2. The
+            # authors' random start mixes its logits, and LoRA first bends the backbone to suit that mixture.
+            with torch.no_grad():
+                self.fusion.weight.copy_(torch.eye(num_classes).repeat(1, 2))
+                self.fusion.bias.zero_()
 
     def train(self, mode: bool = True):
         """Batch statistics of a frozen backbone stay as they are: BatchNorm is in eval mode always."""

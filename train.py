@@ -127,7 +127,7 @@ def main(argv=None) -> dict:
     # Seeded anew and the text side built last: with and without text, everything else starts from the same numbers.
     torch.manual_seed(args.sd)
     model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["start"]["weight"].shape[1], clip.dim,
-                   args.kd_layers, fused="lora" not in args.baseline)
+                   args.kd_layers, fused="lora" not in args.baseline, random_fusion=args.random_fusion)
     model.vision_head.load_state_dict(heads["start"])
     targets = ("embedding", "conv2d") if args.no_lin else ("linear", "conv2d", "embedding")
     lora = dict(rank=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
@@ -701,6 +701,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
     flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
     flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
+    flag("random-fusion", action="store_true", default=False, help="the authors' start: a random fusion layer")
     flag("double-softmax", action="store_true", default=False, help="the authors' loss: cross-entropy of softmax outputs")
     flag("val-every", None, "epochs between validations (crc, pcam: 0.1)", float)
     flag("monitor", "val_loss", "best state and --early", choices=("val_loss", "val_ce", "val_acc", "val_bacc"))

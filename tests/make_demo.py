@@ -1,4 +1,28 @@
-"""x"""
+"""Make the demo's small world: tiles, reports, a CLIP model and a vision backbone, all from seeds.
+
+    python tests/make_demo.py                    # writes tests/demo/, some minutes on two CPU cores
+    python tests/make_demo.py --out /some/folder
+
+What comes out, in the order it is made
+    train/ val/ test/  KIND/NNN.jpg   H&E-like tiles, 64 px, nine tissue kinds named as in the CRC set
+    reports.txt                       one report a line, of cases that have no tile here
+    backbone/                         a timm ViT trained on colour and grain, not on structure
+    clip/                             an open_clip model trained on tile-report pairs of yet other cases
+
+A tile is painted as two layers, how much hematoxylin and how much eosin each pixel holds, and then coloured
+by optical density, light = exp(-stain @ vectors), with a jitter of the stain. Most fields hold some of a
+second tissue.
+
+What is kept apart: every case has one seed, and the seeds of the train, val and test tiles, of reports.txt
+and of the cases that train the two models are five ranges without a common number, so no tile and no report
+is seen twice. Both models train on the tiles of the same cases. The backbone reads no text and no label.
+CLIP reads tile and report of a case, never a label. Reports describe findings, and pairing them with tiles
+is left to the CLIP model alone.
+
+Nothing here is the paper's data and no number measured on it is the paper's result: the world exists to run
+every step of the method offline, and to have a case where the text knows something that the image labels do
+not tell.
+"""
 import argparse
 import json
 import math
@@ -17,19 +41,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 KINDS = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
-TILE, CANVAS = 64, 128                      # pixels of a tile; it is painted at twice its size and averaged down
+TILE, CANVAS = 64, 128                      # pixels of a tile; painted at twice its size, averaged down
 
-MIXED = 0.75                                # share of the fields in which a second kind of tissue intrudes
+MIXED = 0.5                                 # share of the fields in which a second kind of tissue intrudes
 HEMATOXYLIN = np.array([0.56, 0.72, 0.41])  # optical density of the red, green and blue light, unit length
 EOSIN = np.array([0.16, 0.85, 0.50])
 
 SPLITS = {"train": 75, "val": 20, "test": 100}   # tiles a kind
-PAIRS, PAIR_SEED = 3000, 10_000_000         # cases for the two small models, in no split
-REPORTS, REPORT_SEED = 400, 20_000_000      # cases whose reports the demo offers; their tiles are never painted
-CLIP_EPOCHS, BACKBONE_EPOCHS = 20, 8
+PAIRS, PAIR_SEED = 4000, 10_000_000         # cases for the two small models, in no split
+REPORTS, REPORT_SEED = 400, 20_000_000      # cases whose reports the demo offers; they have no tile
+CLIP_EPOCHS, BACKBONE_EPOCHS = 20, 10
 MEAN, STD = [0.74, 0.55, 0.69], [0.18, 0.22, 0.17]
 CLIP_MODEL = {"embed_dim": 64,
-              "vision_cfg": {"image_size": TILE, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+              "vision_cfg": {"image_size": TILE, "layers": [1, 1, 1, 1], "width": 16},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
 BACKBONE_ARGS = {"img_size": TILE, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
 
@@ -38,22 +62,24 @@ FREQ_Y, FREQ_X = np.fft.fftfreq(CANVAS)[:, None], np.fft.rfftfreq(CANVAS)[None, 
 
 
 class Field(NamedTuple):
-    kind: str
-    other: str
-    share: float
-    cellularity: float
+    """What is in one field of view; tile and report of a case are both made from it."""
+    kind: str                               # the main tissue, the label of the tile
+    other: str                              # the tissue beside it
+    share: float                            # the part of the field the other tissue takes, 0 for none
+    cellularity: float                      # 0 few cells, 1 many
 
 
 def field_of(kind, seed):
+    """The field of a case. Each use of a seed draws from a stream of its own: [seed, 0], [seed, 1] ..."""
     rng = np.random.default_rng([seed, 0])
     other = str(rng.choice([k for k in KINDS if k != kind]))
-    share = float(rng.uniform(0.15, 0.45)) if rng.random() < MIXED else 0.0
+    share = float(rng.uniform(0.1, 0.35)) if rng.random() < MIXED else 0.0
     return Field(kind, other, share, float(rng.random()))
 
 
 # ---- reports ------------------------------------------------------------------------------------
 
-FINDINGS = {                                # whole sentences for the main finding, a clause for a neighbouring one
+FINDINGS = {                                # (wordings as the main finding, wordings as a neighbouring one)
     "ADI": (("lobules of large clear cells with a single fat vacuole and a thin pink rim",
              "mature adipocytes, empty round spaces divided by delicate membranes with flattened nuclei",
              "a honeycomb of optically clear vacuoles bounded by slender septa"),
@@ -74,7 +100,8 @@ FINDINGS = {                                # whole sentences for the main findi
     "MUC": (("pools of pale bluish extracellular mucin in flowing streaks with rare floating cells",
              "a lake of wispy mucoid substance, almost acellular",
              "abundant stringy mucin dissecting the tissue, an occasional signet-ring cell in it"),
-            ("a pool of pale mucin alongside", "streaks of extracellular mucin", "wispy mucoid material nearby")),
+            ("a pool of pale mucin alongside", "streaks of extracellular mucin",
+             "wispy mucoid material nearby")),
     "MUS": (("parallel eosinophilic bundles of smooth muscle with elongated blunt-ended nuclei",
              "interlacing fascicles of long pink fibres, cigar-shaped nuclei lying along them",
              "muscularis propria, evenly pink, its spindle nuclei all in one direction"),
@@ -86,7 +113,7 @@ FINDINGS = {                                # whole sentences for the main findi
              ("some regular crypts with goblet cells", "orderly glands with basal nuclei nearby",
               "uninvolved round crypts at the margin of the field")),
     "STR": (("loose wavy collagen with clefts and plump spindle fibroblasts, a few inflammatory cells",
-             "desmoplastic reaction, irregular fibres running in all directions with scattered spindle nuclei",
+             "desmoplastic reaction, irregular fibres in all directions with scattered spindle nuclei",
              "fibrous tissue of tangled pink strands, active fibroblasts and oedema"),
             ("a band of wavy collagen", "desmoplastic fibrous tissue with spindle cells",
              "loose fibroblastic reaction around it")),
@@ -96,25 +123,28 @@ FINDINGS = {                                # whole sentences for the main findi
             ("nests of atypical epithelium with large nuclei", "infiltrating pleomorphic glands at one edge",
              "crowded malignant nuclei in part of the field")),
 }
-OPENINGS = ("Microscopy shows {}.", "Sections show {}.", "The material consists of {}.", "Histology: {}.", "We see {}.",
-            "The field is made up of {}.", "On examination there are {}.", "{}.")
+OPENINGS = ("Microscopy shows {}.", "Sections show {}.", "The material consists of {}.", "Histology: {}.",
+            "We see {}.", "The field is made up of {}.", "On examination there are {}.", "{}.")
 NEIGHBOURS = ("Also present: {}.", "Focally {}.", "In addition, {}.", "Also noted: {}.")
 CELLULARITY = (("Low cellularity.", "Few cells overall.", "Sparsely cellular."),
                ("Moderate cellularity.", "Cell density is intermediate.", "Moderately cellular."),
                ("High cellularity.", "Many cells.", "Densely cellular."))
 SPECIMENS = ("Sigmoid resection.", "Right hemicolectomy.", "Rectal biopsy.", "Caecum, endoscopic sample.",
-             "Transverse colon, segment.", "Specimen received in formalin.", "Descending colon, block {}.", "Liver, core biopsy.")
-REMARKS = ("Margins are free.", "The resection margin is not assessable.", "Slides reviewed with a colleague.",
-           "Clinical correlation is advised.", "Levels were cut, block {}.", "No vascular invasion seen here.",
-           "Patient aged {} years.", "Immunostains are pending.", "Stain quality adequate.", "Compared with earlier sample {}.")
+             "Transverse colon, segment.", "Specimen received in formalin.", "Descending colon, block {}.",
+             "Liver, core biopsy.")
+REMARKS = ("Margins are free.", "The resection margin is not assessable.", "Immunostains are pending.",
+           "Slides reviewed with a colleague.", "Clinical correlation is advised.", "Stain quality adequate.",
+           "Levels were cut, block {}.", "No vascular invasion seen here.", "Patient aged {} years.",
+           "Compared with earlier sample {}.")
 
 
 def kind_of_case(seed):
+    """The tissue of a case that is in no folder: of the pairs that train CLIP, and of the reports."""
     return str(np.random.default_rng([seed, 2]).choice(KINDS))
 
 
 def write_report(seed):
-    """The one-line report of the case with this seed: what its field shows, among remarks that tell nothing of it."""
+    """The one-line report of a case: what its field shows, among remarks that tell nothing of it."""
     rng, field = np.random.default_rng([seed, 3]), field_of(kind_of_case(seed), seed)
     finding = OPENINGS[rng.integers(len(OPENINGS))].format(rng.choice(FINDINGS[field.kind][0]))
     lines = [finding[0].upper() + finding[1:]]
@@ -130,11 +160,12 @@ def write_report(seed):
 # ---- painting -----------------------------------------------------------------------------------
 
 def cloud(rng, size, angle=0.0, stretch=1.0):
-    """Smooth noise of zero mean and unit variance, blobs `size` px wide and `stretch` times as long. (H, W)"""
+    """Smooth noise, mean 0 and variance 1, blobs `size` px wide and `stretch` times as long. (H, W)"""
     along = FREQ_X * math.cos(angle) + FREQ_Y * math.sin(angle)
     across = FREQ_Y * math.cos(angle) - FREQ_X * math.sin(angle)
     spectrum = np.fft.rfft2(rng.standard_normal((CANVAS, CANVAS)))
-    noise = np.fft.irfft2(spectrum * np.exp(-2 * (size * size) * ((along * stretch) ** 2 + across ** 2)), (CANVAS, CANVAS))
+    blur = np.exp(-2 * size ** 2 * ((along * stretch) ** 2 + across ** 2))
+    noise = np.fft.irfft2(spectrum * blur, (CANVAS, CANVAS))
     return ((noise - noise.mean()) / (noise.std() + 1e-9)).astype(np.float32)
 
 
@@ -151,7 +182,7 @@ def wavy(rng, pattern, reach, size):
 
 
 def stamp(rng, layer, x, y, length, width, angle, depth, lobes=0.0, rim=0.3):
-    """Press one nucleus (or cell) into a layer: an ellipse with a ragged outline, a dark rim and clumped chromatin."""
+    """Press one nucleus (or cell) into a layer: an ellipse with a ragged outline and clumped chromatin."""
     reach = int(max(length, width) * 1.3) + 2
     top, left = max(int(y) - reach, 0), max(int(x) - reach, 0)
     window = layer[top:int(y) + reach + 1, left:int(x) + reach + 1]
@@ -164,7 +195,8 @@ def stamp(rng, layer, x, y, length, width, angle, depth, lobes=0.0, rim=0.3):
     radius = np.sqrt(along ** 2 + across ** 2)
     if lobes:
         turn = np.arctan2(across, along)
-        radius = radius * (1 + lobes * np.sin(2 * turn + rng.uniform(0, 6)) + lobes * np.sin(3 * turn + rng.uniform(0, 6)))
+        two, three = rng.uniform(0, 6, 2)
+        radius = radius * (1 + lobes * (np.sin(2 * turn + two) + np.sin(3 * turn + three)))
     chromatin = 1 - rim + rim * radius ** 2 + 0.12 * rng.standard_normal(window.shape)
     ink = depth * chromatin * soft((1 - radius) * min(length, width), 0, 1.6)
     np.maximum(window, ink, out=window)
@@ -185,22 +217,24 @@ def scatter(rng, hema, count, gap, size, depth, allowed=None, angle=None, slende
         row, column = int(np.clip(y, 0, CANVAS - 1)), int(np.clip(x, 0, CANVAS - 1))
         if allowed is not None and not allowed[row, column]:
             continue
-        turn = rng.uniform(0, math.pi) if angle is None else (
-            angle[row, column] if isinstance(angle, np.ndarray) else angle) + rng.normal(0, 0.15)
+        if angle is None:
+            turn = rng.uniform(0, math.pi)
+        else:                               # one angle for the whole field, or one for each pixel
+            turn = np.broadcast_to(angle, (CANVAS, CANVAS))[row, column] + rng.normal(0, 0.15)
         length = size * rng.uniform(0.8, 1.25)
         stamp(rng, hema, x, y, length, length * slender * rng.uniform(0.85, 1.15), turn,
               depth * rng.uniform(0.75, 1.15), lobes, rim)
 
 
 def cells(rng, count):
-    """Distance to the nearest of `count` spread places minus to the second: 0 on walls, and the first one. (H, W)"""
+    """A Voronoi pattern of `count` cells: 0 on the walls, growing inwards. (H, W)"""
     places = spread(rng, count, 100 / math.sqrt(count))
     far = np.sort(np.hypot(COLUMNS[..., None] - places[:, 0], ROWS[..., None] - places[:, 1]), axis=2)
-    return far[..., 1] - far[..., 0], far[..., 0]
+    return far[..., 1] - far[..., 0]
 
 
 def adipose(rng, cellularity):
-    wall = wavy(rng, cells(rng, int(rng.integers(8, 16)))[0], 2, 10)
+    wall = wavy(rng, cells(rng, int(rng.integers(8, 16))), 2, 10)
     width = rng.uniform(0.8, 3.0)
     strand = 1 - soft(wall, width, 2.0)
     eosin = 0.03 + strand * (0.45 + 0.12 * cloud(rng, 2))
@@ -230,10 +264,11 @@ def debris(rng, cellularity):
     smudge = 0.9 * cloud(rng, 14) + 0.5 * cloud(rng, 2.5)
     eosin = 0.55 + 0.13 * smudge + 0.06 * cloud(rng, 0.8)
     hema = 0.14 + 0.08 * soft(cloud(rng, 6), 0.3, 1.5) + 0.04 * cloud(rng, 0.8)
-    eosin = eosin * (1 - 0.85 * soft(cloud(rng, 6) + 0.4 * cloud(rng, 2), rng.uniform(1.2, 2.6), 0.4))   # cracks
-    ghosts = soft(cloud(rng, 14), 0.0, 0.6)
-    scatter(rng, hema, int(20 + 40 * cellularity), 7, 4.5, 0.36, ghosts > 0.5, rim=0.7)                    # ghost nuclei
-    scatter(rng, hema, int(60 + 150 * cellularity), 2, 1.7, 1.0, cloud(rng, 12) > -0.2, lobes=0.2, rim=0.1)  # nuclear dust
+    cracks = soft(cloud(rng, 6) + 0.4 * cloud(rng, 2), rng.uniform(1.2, 2.6), 0.4)
+    eosin = eosin * (1 - 0.85 * cracks)
+    ghosts, dust = cloud(rng, 14) > 0, cloud(rng, 12) > -0.2
+    scatter(rng, hema, int(20 + 40 * cellularity), 7, 4.5, 0.36, ghosts, rim=0.7)       # fading nuclei
+    scatter(rng, hema, int(60 + 150 * cellularity), 2, 1.7, 1.0, dust, lobes=0.2, rim=0.1)
     if rng.random() < 0.5:                  # extravasated red cells
         scatter(rng, eosin, 70, 5, 3.2, 1.0, cloud(rng, 12) > 0.6, slender=0.95, lobes=0.03, rim=0.5)
     return hema, eosin
@@ -243,7 +278,8 @@ def lymphocytes(rng, cellularity):
     eosin = 0.24 + 0.07 * cloud(rng, 5)
     hema = 0.1 + 0.03 * cloud(rng, 4)
     gaps = cloud(rng, 9)
-    scatter(rng, hema, int(150 + 130 * cellularity), 6.4, 4.0, 1.15, gaps < 1.4, slender=0.95, lobes=0.04, rim=0.25)
+    scatter(rng, hema, int(150 + 130 * cellularity), 6.4, 4.0, 1.15, gaps < 1.4, slender=0.95, lobes=0.04,
+            rim=0.25)
     if rng.random() < 0.5:                  # larger pale centre cells or macrophages
         scatter(rng, hema, 12, 14, 6, 0.6, cloud(rng, 16) > 0.3, slender=0.9, rim=0.6)
     if rng.random() < 0.4:
@@ -277,7 +313,7 @@ def muscle(rng, cellularity):
 
 
 def crypts(rng, cellularity):
-    """Round glands: pale goblet cells around a small lumen, nuclei in one row on the rim, plasma cells between."""
+    """Round glands: goblet cells around a small lumen, one row of nuclei on the rim, plasma cells between."""
     eosin = 0.34 + 0.07 * cloud(rng, 3)
     hema = 0.11 + 0.03 * cloud(rng, 3)
     outside = np.ones((CANVAS, CANVAS), bool)
@@ -301,11 +337,11 @@ def crypts(rng, cellularity):
             heading = math.atan2(py, px)
             if rng.random() < goblet:       # a goblet of mucin: lift stain out of the cell
                 vacuole = np.zeros((CANVAS, CANVAS), np.float32)
-                stamp(rng, vacuole, x + px * size * 0.6, y + py * size * 0.6, 7.0, 4.0, heading, 1.0, rim=0.0)
+                stamp(rng, vacuole, x + 0.6 * px * size, y + 0.6 * py * size, 7.0, 4.0, heading, 1.0, rim=0.0)
                 eosin *= 1 - 0.72 * vacuole
                 hema += 0.06 * vacuole
-            stamp(rng, hema, x + px * size * 0.93, y + py * size * 0.93, 4.6, 3.2, heading + rng.normal(0, 0.2),
-                  0.95 * rng.uniform(0.85, 1.1))
+            stamp(rng, hema, x + 0.93 * px * size, y + 0.93 * py * size, 4.6, 3.2,
+                  heading + rng.normal(0, 0.2), 0.95 * rng.uniform(0.85, 1.1))
     scatter(rng, hema, int(50 + 90 * cellularity), 7, 3.9, 0.95, outside, slender=0.8)
     return hema, eosin
 
@@ -316,7 +352,8 @@ def stroma(rng, cellularity):
     clefts = soft(wavy(rng, cloud(rng, 3, angle, 5), 9, 14), 0.9, 0.6)
     eosin = (0.48 + 0.11 * fibre) * (1 - 0.75 * clefts)
     hema = 0.09 + 0.03 * fibre + 0.05 * soft(cloud(rng, 16), 0.6, 1)
-    scatter(rng, hema, int(26 + 50 * cellularity), 8, 6.8, 0.92, None, angle + 0.5 * cloud(rng, 14), slender=0.34, lobes=0.1)
+    along = angle + 0.5 * cloud(rng, 14)
+    scatter(rng, hema, int(26 + 50 * cellularity), 8, 6.8, 0.92, None, along, slender=0.34, lobes=0.1)
     scatter(rng, hema, int(8 + 30 * cellularity), 6, 3.8, 1.05, cloud(rng, 14) > 0.7, slender=0.95)
     return hema, eosin
 
@@ -327,12 +364,13 @@ def tumour(rng, cellularity):
     fibre = wavy(rng, cloud(rng, 1.8, rng.uniform(0, 3), 6), 7, 14)
     eosin = nest * (0.42 + 0.06 * cloud(rng, 3)) + (1 - nest) * (0.42 + 0.11 * fibre)
     hema = 0.08 + 0.16 * nest + 0.03 * cloud(rng, 3)
-    lumen = soft(cloud(rng, 10) + 0.2 * cloud(rng, 3), rng.uniform(0.9, 2.4), 0.2) * soft(lobe, -0.2, 0.4)
+    lumen = soft(cloud(rng, 10) + 0.2 * cloud(rng, 3), rng.uniform(0.9, 2.4), 0.2)
+    lumen = lumen * soft(lobe, -0.2, 0.4)   # inside a nest, not at its border
     eosin, hema = eosin * (1 - 0.85 * lumen), hema * (1 - 0.75 * lumen)
-    scatter(rng, hema, int(90 + 70 * cellularity), 8.2, 7.0, 0.9, (nest > 0.6) & (lumen < 0.3), 2 * cloud(rng, 14),
-            slender=0.66, lobes=0.12, rim=0.45)
+    scatter(rng, hema, int(90 + 70 * cellularity), 8.2, 7.0, 0.9, (nest > 0.6) & (lumen < 0.3),
+            2 * cloud(rng, 14), slender=0.66, lobes=0.12, rim=0.45)
     scatter(rng, hema, 18, 9, 6, 0.9, nest < 0.3, slender=0.35)
-    scatter(rng, hema, int(rng.integers(0, 22)), 4, 2, 1.0, lumen > 0.5, lobes=0.2)   # dirty necrosis in the lumen
+    scatter(rng, hema, int(rng.integers(0, 22)), 4, 2, 1.0, lumen > 0.5, lobes=0.2)   # dirty necrosis
     return hema, eosin
 
 
@@ -349,9 +387,9 @@ def render_tile(kind, seed):
         other_hema, other_eosin = PAINTERS[field.other](rng, field.cellularity)
         hema, eosin = hema + mask * (other_hema - hema), eosin + mask * (other_eosin - eosin)
     # stain jitter of the laboratory: strength of each dye, hue of each dye, thickness of the section
-    hema_strength, eosin_strength, thickness = np.exp(rng.normal(0, (0.14, 0.15, 0.10)))
+    hema_strength, eosin_strength, thickness = np.exp(rng.normal(0, (0.20, 0.22, 0.12)))
     vectors = np.stack([HEMATOXYLIN, EOSIN]) + rng.normal(0, 0.035, (2, 3))
-    stains = np.stack([hema * hema_strength * 1.25, eosin * eosin_strength], axis=2) * thickness    # (128, 128, 2)
+    stains = thickness * np.stack([1.25 * hema_strength * hema, eosin_strength * eosin], 2)  # (128, 128, 2)
     density = np.clip(stains, 0, None) @ vectors + 0.02                                      # (128, 128, 3)
     density = density.reshape(TILE, 2, TILE, 2, 3).mean((1, 3))                              # (64, 64, 3)
     light = 250 * np.exp(-density) + rng.normal(0, 2.0, density.shape)
@@ -360,7 +398,13 @@ def render_tile(kind, seed):
 
 # ---- the two small models -----------------------------------------------------------------------
 
+def half(tensor):
+    """Sixteen bits are enough to store a weight; counters stay whole numbers."""
+    return (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+
+
 def batches(count, size, epochs, rng):
+    """Index tensors of `size`, reshuffled each epoch, the incomplete last one left out."""
     for _ in range(epochs):
         order = torch.from_numpy(rng.permutation(count))
         yield from order[:count - count % size].split(size)
@@ -373,7 +417,7 @@ def turned(images, rng):
 
 
 def train_by(model, loss_of, count, batch, epochs, rate):
-    """AdamW with a one-cycle rate, `loss_of(index, rng)` gives the loss of a batch. -> mean loss of the last epoch"""
+    """AdamW, one-cycle rate; `loss_of(index, rng)` is the loss of a batch. -> mean loss of the last epoch"""
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     steps = epochs * (count // batch)
@@ -410,25 +454,29 @@ def train_clip(images, reports, folder, epochs=CLIP_EPOCHS):
     unused[tokens.unique()] = False
     state = model.state_dict()
     state["token_embedding.weight"][unused] = 0
-    save_file({name: tensor.half().contiguous() for name, tensor in state.items()},
+    save_file({name: half(tensor) for name, tensor in state.items()},
               folder / "open_clip_model.safetensors")
-    preprocess = {"size": TILE, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {"size": TILE, "mean": MEAN, "std": STD, "interpolation": "bicubic",
+                  "resize_mode": "shortest"}
     config = {"model_cfg": CLIP_MODEL, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return loss
 
 
 def colour_statistics(images):
-    """Mean, spread and three quantiles of the optical density of each channel, standardised. (N, 3, H, W) -> (N, 15)"""
+    """Of each channel's optical density: mean, spread, quantiles and spread when averaged over squares of four
+    sizes, which is how coarse the grain is; standardised. (N, 3, H, W) -> (N, 27)"""
     light = images * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    density = -torch.log(light.clamp(min=0.02)).flatten(2)                                   # (N, 3, H*W)
-    parts = [density.mean(2), density.std(2), *density.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2)]
+    density = -torch.log(light.clamp(min=0.02))                                              # (N, 3, H, W)
+    grain = [F.avg_pool2d(density, size).flatten(2).std(2) for size in (2, 4, 8, 16)]        # (N, 3) each
+    density = density.flatten(2)                                                             # (N, 3, H*W)
+    parts = [density.mean(2), density.std(2), *density.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2), *grain]
     table = torch.cat(parts, dim=1)
     return (table - table.mean(0)) / table.std(0)
 
 
 def train_backbone(images, folder, epochs=BACKBONE_EPOCHS):
-    """Train a small timm ViT to tell the colour statistics of a tile and write it in timm's local-dir format."""
+    """Train a small timm ViT to tell a tile's colour statistics and write it in timm's local-dir format."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **BACKBONE_ARGS)
@@ -437,14 +485,14 @@ def train_backbone(images, folder, epochs=BACKBONE_EPOCHS):
     both = torch.nn.Sequential(model, probe)
     loss = train_by(both, lambda index, rng: F.mse_loss(both(turned(images[index], rng)), targets[index]),
                     len(images), 100, epochs, 1e-3)
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()},
+    save_file({name: half(tensor) for name, tensor in model.state_dict().items()},
               folder / "model.safetensors")
     size = [3, TILE, TILE]
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": model.num_features,
               "global_pool": "token", "model_args": BACKBONE_ARGS,
-              "pretrained_cfg": {"input_size": size, "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0,
-                                 "crop_mode": "center", "mean": MEAN, "std": STD, "num_classes": 0,
-                                 "first_conv": "patch_embed.proj", "classifier": "head"}}
+              "pretrained_cfg": {"input_size": size, "fixed_input_size": True, "interpolation": "bicubic",
+                                 "crop_pct": 1.0, "crop_mode": "center", "mean": MEAN, "std": STD,
+                                 "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return loss
 
@@ -457,16 +505,18 @@ def tile_seed(split, kind, index):
 
 
 def save_tile(task):
+    """Paint the tile of (path, kind, seed) and write it."""
     path, kind, seed = task
     render_tile(kind, seed).save(path, quality=90)
 
 
 def render_array(seed):
+    """The tile that belongs to the report of the case. (64, 64, 3) uint8"""
     return np.asarray(render_tile(kind_of_case(seed), seed))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make the demo's tiles, reports and two small models from seeds.")
+    parser = argparse.ArgumentParser(description="Make the demo's tiles, reports and models from seeds.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
     out = parser.parse_args(argv).out
     fresh = out.with_name(out.name + ".new")
@@ -480,18 +530,21 @@ def main(argv=None):
     for split, count in SPLITS.items():
         for kind in KINDS:
             (fresh / split / kind).mkdir(parents=True)
-            tasks += [(fresh / split / kind / f"{index:03d}.jpg", kind, tile_seed(split, kind, index)) for index in range(count)]
+            tasks += [(fresh / split / kind / f"{index:03d}.jpg", kind, tile_seed(split, kind, index))
+                      for index in range(count)]
     pair_seeds = range(PAIR_SEED, PAIR_SEED + PAIRS)
-    with Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with Pool() as pool:
         pool.map(save_tile, tasks, chunksize=20)
         say(f"{len(tasks)} tiles")
         tiles = np.stack(pool.map(render_array, pair_seeds, chunksize=20))                   # (N, 64, 64, 3)
     say(f"{PAIRS} pairs for pre-training")
-    (fresh / "reports.txt").write_text("".join(write_report(REPORT_SEED + i) + "\n" for i in range(REPORTS)))
+    reports = [write_report(REPORT_SEED + index) for index in range(REPORTS)]
+    (fresh / "reports.txt").write_text("\n".join(reports) + "\n")
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
-    images = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]     # (N, 3, 64, 64)
+    images = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]  # (N, 3, 64, 64)
     say(f"backbone, colour error {train_backbone(images, fresh / 'backbone'):.3f}")
-    say(f"CLIP, contrastive loss {train_clip(images, [write_report(seed) for seed in pair_seeds], fresh / 'clip'):.3f}")
+    pair_reports = [write_report(seed) for seed in pair_seeds]
+    say(f"CLIP, contrastive loss {train_clip(images, pair_reports, fresh / 'clip'):.3f}")
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     say(f"wrote {out}")

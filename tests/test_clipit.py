@@ -101,6 +101,15 @@ def test_tiles_that_share_a_report_encode_it_once_and_get_the_same(model):
     torch.testing.assert_close(gradient(shared[2]), gradient(alone[2]), atol=1e-2, rtol=1e-4)
 
 
+def test_training_starts_from_the_unimodal_classifier_plus_a_fresh_text_head():
+    backbone = load_backbone(f"local-dir:{DEMO}/backbone")
+    model = ClipIT(backbone, None, C, backbone.num_features, 16)
+    v = backbone(images())
+    torch.testing.assert_close(model(images()), model.vision_head(v) + model.text_head(model.distill_head(v)))
+    random = ClipIT(backbone, None, C, backbone.num_features, 16, random_fusion=True)
+    assert random.fusion.weight.std() > 0.05 and random.fusion.bias.abs().sum() > 0
+
+
 def test_inference_never_touches_text(model):
     expected = model.eval()(images())
     model.text_tower = None
