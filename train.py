@@ -678,7 +678,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("run", help="unset, the flags that differ from their defaults")
     flag("resume", action="store_true", default=False, help="go on with the run in DIR/OUTPUT/RUN")
     flag("sd", 0, "seed", int)
-    flag("shots", None, "labelled training tiles a class, drawn by the seed; unset, all (demo: 15)", int)
+    flag("shots", None, "labelled training tiles a class, drawn by the seed; unset, all (demo: 60)", int)
     flag("limit", None, "use this share of every split, for a quick try", float)
     flag("val-int", None, "share of the training tiles held out for validation instead of the data set's own split", float)
     flag("skip-bad", action="store_true", default=False, help="leave unreadable tiles out instead of stopping")
@@ -693,11 +693,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("lora-r", 16, "rank", int)
     flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", float)
     flag("lora-dropout", 0.0, "before the down projection", float)
-    flag("lora-text", 1, "0: the text tower stays as it is", int, choices=(0, 1))
+    flag("lora-text", None, "0: the text tower stays as it is; unset, 1 (demo: 0)", int, choices=(0, 1))
     flag("lora-vision", 1, "0: the backbone stays as it is", int, choices=(0, 1))
     flag("no-lin", action="store_true", default=False, help="LoRA on Conv2d and Embedding alone")
     flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
-    flag("kd-weight", 1.0, "lambda", float)
+    flag("kd-weight", None, "lambda; unset, 1 (demo: 5)", float)
     flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
     flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
     flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
@@ -726,7 +726,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
     row = DATASETS.get(args.ds, {})
     defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
-                "reports": None, "shots": None, "val_every": 1.0} | row
+                "reports": None, "shots": None, "val_every": 1.0, "lora_text": 1, "kd_weight": 1.0} | row
     defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
     unset = parser.parse_args(["--ds", args.ds])
     for key, value in defaults.items():

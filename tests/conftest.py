@@ -10,7 +10,7 @@ from PIL import Image
 torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 DEMO = ROOT / "tests" / "demo"
 MODELS = ["--clip-model", f"local-dir:{DEMO}/clip", "--model", f"local-dir:{DEMO}/backbone"]
 REPORTS = ["Colon, biopsy: adenocarcinoma, moderately differentiated.", "Mature adipose tissue without atypia.",

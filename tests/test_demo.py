@@ -1,0 +1,53 @@
+"""The demo's assets are what the script makes from its seeds, and what is said to be apart is apart."""
+import os
+
+import make_demo
+import numpy as np
+import pytest
+from conftest import DEMO
+from PIL import Image
+
+import train
+from data import load_reports, load_tiles
+
+
+@pytest.mark.parametrize("split, kind, index", [("train", "NORM", 3), ("train", "ADI", 70), ("val", "MUS", 0),
+                                                ("test", "TUM", 99), ("test", "MUC", 41), ("test", "LYM", 7)])
+def test_a_tile_is_painted_again_from_its_seed(split, kind, index):
+    stored = np.asarray(Image.open(DEMO / split / kind / f"{index:03d}.jpg").convert("RGB"), dtype=float)
+
+    def distance(seed):
+        return np.abs(np.asarray(make_demo.render_tile(kind, seed), dtype=float) - stored).mean()
+    seed = make_demo.tile_seed(split, kind, index)
+    assert distance(seed) < 6 < 12 < distance(seed + 1)  # grey levels of 255: JPEG's loss against another tile
+
+
+def test_the_reports_are_written_again_from_their_seeds():
+    reports = load_reports(DEMO / "reports.txt")
+    assert reports == [make_demo.write_report(make_demo.REPORT_SEED + i) for i in range(make_demo.REPORTS)]
+
+
+def test_no_case_serves_two_purposes():
+    seeds = [make_demo.tile_seed(split, kind, i) for split, count in make_demo.SPLITS.items() for kind in make_demo.KINDS
+             for i in range(count)]
+    seeds += range(make_demo.PAIR_SEED, make_demo.PAIR_SEED + make_demo.PAIRS)
+    seeds += range(make_demo.REPORT_SEED, make_demo.REPORT_SEED + make_demo.REPORTS)
+    assert len(seeds) == len(set(seeds))
+    files = [path.read_bytes() for path in DEMO.rglob("*.jpg")]
+    assert len(files) == len(set(files)) == 9 * sum(make_demo.SPLITS.values())
+
+
+def test_reports_name_no_class():
+    text = (DEMO / "reports.txt").read_text()
+    assert not [kind for kind in make_demo.KINDS if kind in text]
+
+
+def test_the_demo_is_small_and_has_nine_kinds():
+    assert load_tiles("demo", "test").classes == list(make_demo.KINDS)
+    assert sum(os.path.getsize(path) for path in DEMO.rglob("*") if path.is_file()) <= 12e6
+
+
+def test_the_main_command_runs_on_the_demo(tmp_path):
+    metrics = train.main(["--dir", tmp_path, "--shots", "4", "--ep", "1", "--batch", "18", "--head-steps", "500"])
+    assert metrics["ds"] == "demo" and metrics["test_tiles"] == 900
+    assert metrics["rows"]["vision head"]["balanced_accuracy"] > 2 / 9  # far above chance after four tiles a class
