@@ -151,7 +151,7 @@ def load_weights(model: nn.Module, path) -> None:
     if isinstance(model, VisionTransformer) and any("patch_embed" in key for key in state):
         state = checkpoint_filter_fn(state, model)  # a file with DINOv2's names, or with another grid of positions
     own = model.state_dict()
-    classifier = tuple(f"{name}." for name in ("head", "fc", "classifier") if not any(k.startswith(f"{name}.") for k in own))
+    classifier = tuple(part for part in ("head.", "fc.", "classifier.") if not any(key.startswith(part) for key in own))
     state = {key: value for key, value in state.items() if not key.startswith(classifier)}
     wrong = {"missing": own.keys() - state.keys(), "not in the model": state.keys() - own.keys(),
              "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}}
@@ -224,7 +224,8 @@ class ClipIT(nn.Module):
         v = self.backbone(images)
         return v, self.fuse(v)[1]
 
-    def forward_train(self, images: Tensor, tokens: Tensor, report: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_train(self, images: Tensor, tokens: Tensor,
+                      report: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """images (B, 3, H, W), tokens (B, L) -> logits (B, C), t-hat (B, text_dim), t (B, text_dim).
 
         With `report` (B,), tokens (R, L) holds the distinct reports of the batch and report[i] is the row of tile i:
@@ -275,7 +276,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
                  classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
                  interpolation: str = "bilinear"):
         import timm
-        super().__init__(timm.create_model(architecture, pretrained=False, **model_args), None, len(classes), vision_dim,
+        backbone = timm.create_model(architecture, pretrained=False, **model_args)
+        super().__init__(backbone, None, len(classes), vision_dim,
                          text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
         self.eval()
@@ -302,7 +304,7 @@ def main(argv=None) -> int:
     from torchvision.datasets.folder import IMG_EXTENSIONS
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(prog="clipit.py", description="Class probabilities of tiles, from the image alone.")
+    parser = argparse.ArgumentParser("clipit.py", description="Class probabilities of tiles, from the image alone.")
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
     parser.add_argument("images", nargs="+", help="image files and folders (with all folders in them)")
     parser.add_argument("--csv", help="the file to write; unset, standard output")

@@ -35,20 +35,24 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 ZENODO, PCAM = "https://zenodo.org/records", "camelyonpatch_level_2_split"
 
+TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+           "cancer-associated stroma", "colorectal adenocarcinoma epithelium"]
 # One row a data set. root: the folder of the splits; or archives, fetched from url into --data-dir as `to`: md5 is that
 # of the .zip or the unpacked .h5, gb the download, disk_gb the tiles by their pixels, count their number. The rest are
-# train.py's defaults where they differ; shots draws that many labelled tiles a class from training, anew for each seed.
+# the names of the classes in words (prompts) and train.py's defaults where they differ; shots draws that many labelled
+# tiles a class from training, anew for each seed.
 DATASETS = {
     "demo": dict(
         root=HERE / "tests/demo",
         reports=HERE / "tests/demo/reports.txt",
         clip_model=f"local-dir:{HERE}/tests/demo/clip",
         model=f"local-dir:{HERE}/tests/demo/backbone",
-        shots=60, batch=32, ep=20, worker=0, lora_text=0, kd_weight=5.0,  # why so: README, "What the demo shows"
+        prompts=TISSUES, shots=60, batch=32, ep=20, worker=0, lora_text=0,
+        kd_weight=5.0,  # why so: README, "What the demo shows"
     ),
     "crc": dict(  # the authors validate ten times in their one epoch
         title="NCT-CRC-HE-100K and CRC-VAL-HE-7K", licence="CC BY 4.0", reports="authors:colon", ep=1, val_every=0.1,
-        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
+        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"], prompts=TISSUES,
         archives=[dict(url=f"{ZENODO}/1214456/files/{name}.zip?download=1", to=name, md5=md5, count=count, gb=gb,
                        disk_gb=count * 224 * 224 * 3e-9) for name, md5, count, gb in (
             ("NCT-CRC-HE-100K", "035777cf327776a71a05c95da6d6325f", 100_000, 11.7),
@@ -57,11 +61,14 @@ DATASETS = {
     "bach": dict(
         title="BACH (ICIAR 2018)", licence="CC BY-NC-ND 4.0", reports="authors:breast", ep=100,
         classes=["Benign", "InSitu", "Invasive", "Normal"],
+        prompts=["benign breast tissue", "breast carcinoma in situ", "invasive breast carcinoma",
+                 "normal breast tissue"],
         archives=[dict(url=f"{ZENODO}/3632035/files/ICIAR2018_BACH_Challenge.zip", to="ICIAR2018_BACH_Challenge/Photos",
                        md5=None, count=400, gb=10.4, disk_gb=400 * 2048 * 1536 * 3e-9)]),  # no md5 of it is known
     "pcam": dict(
         title="PatchCamelyon", licence="CC0", reports="authors:breast", ep=1, val_every=0.1,
         classes=["no_tumor", "tumor"],
+        prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
         archives=[dict(url=f"{ZENODO}/2546921/files/{PCAM}_{part}.h5.gz?download=1", to=f"pcam/{PCAM}_{part}.h5",
                        md5=md5, count=count, gb=count * size * 1e-9, disk_gb=count * size * 1e-9)  # gb: at most
                   for part, md5, count, size in (

@@ -37,6 +37,9 @@ from lora import inject_lora
 from pairing import CLIPS, cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
+# Flags that say where and how a run is made, not what it is: they may change when it is resumed
+PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log", "table", "csv", "wandb",
+          "tensorboard")
 # What the authors feed PCAM to every backbone with: OpenAI CLIP's statistics, bicubic; and in training these changes
 AUTHORS_PCAM = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
                     interpolation="bicubic")
@@ -70,7 +73,8 @@ def main(argv=None) -> dict:
     labels = {split: torch.tensor(tiles[split].labels) for split in SPLITS}
     classes = tiles["train"].classes
     if args.batch > len(tiles["train"]):
-        raise ValueError(f"--batch {args.batch}: larger than the {len(tiles['train'])} training tiles; give a smaller one")
+        raise ValueError(f"--batch {args.batch}: larger than the {len(tiles['train'])} training tiles; give a smaller "
+                         "one")
     run = open_run(args, tiles, reports)
     print(f"{args.ds}: {len(classes)} classes, tiles "
           + ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
@@ -94,7 +98,8 @@ def main(argv=None) -> dict:
     write_pairs(run / "pairs.csv", tiles, pairs, similarity)
     uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
-          f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity {torch.cat(list(similarity.values())).mean():.3f}")
+          f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity "
+          f"{torch.cat(list(similarity.values())).mean():.3f}")
 
     # ---- 2. Vision head h_v on the frozen backbone (the unimodal row); 3. text head on the paired reports -----------
     if args.augment:
@@ -102,9 +107,7 @@ def main(argv=None) -> dict:
     image_of = tile_transform(**{key: value for key, value in backbone.recipe.items()
                                  if key in ("size", "mean", "std", "interpolation")})
     seen = {split: tiles[split].seen_by(image_of) for split in SPLITS}
-    if args.resume and (run / "heads.pt").exists():
-        heads = torch.load(run / "heads.pt", weights_only=True)
-    else:
+    if not (args.resume and (run / "heads.pt").exists()):
         v = {split: backbone_features(backbone, seen[split], args) for split in SPLITS}               # (N, vision_dim)
         t = {split: text_emb[pairs[split]] for split in SPLITS}                                       # (N, text_dim)
         torch.manual_seed(args.sd)
@@ -113,15 +116,8 @@ def main(argv=None) -> dict:
         with torch.no_grad():
             heads = {"start": vision_head.state_dict(), "vision head": vision_head(v["test"]).softmax(dim=1),
                      "text head": text_head(t["test"]).softmax(dim=1)}
-        # two reference rows on the CLIP image tower: what the retrieved text can know of
-        if "clip-probe" in args.baseline:
-            probe = train_head(nn.Linear(clip.dim, len(classes)), tile_emb, labels, args.sd, args.head_steps)
-            heads["CLIP linear probe"] = probe(tile_emb["test"]).softmax(dim=1).detach()
-        if "zeroshot" in args.baseline:
-            names = DATASETS.get(args.ds, {}).get("prompts") or [re.sub(r"[_-]+", " ", name) for name in classes]
-            prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])               # (C, text_dim)
-            heads["CLIP zero-shot"] = (100 * tile_emb["test"] @ prompts.T).softmax(dim=1)
-        save(run / "heads.pt", heads)
+        save(run / "heads.pt", heads | clip_rows(clip, tile_emb, labels, classes, args))
+    heads = torch.load(run / "heads.pt", weights_only=True)
 
     # ---- 4. Fuse and distil: LoRA on both towers, CE of the fused logits + lambda (1 - cos(t, t-hat)) ---------------
     # Seeded anew and the text side built last: with and without text, everything else starts from the same numbers.
@@ -143,15 +139,16 @@ def main(argv=None) -> dict:
     model.to(device)
     counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
               "total": sum(p.numel() for p in model.parameters())}
-    write_text(run / "args.json", json.dumps(json.loads((run / "args.json").read_text()) | {"parameters": counts}, indent=1))
+    held = json.loads((run / "args.json").read_text())
+    write_text(run / "args.json", json.dumps(held | {"parameters": counts}, indent=1))
     print(f"training {counts['trained']:,} of {counts['total']:,} parameters for {args.ep} epochs")
     if args.augment:
         seen["train"] = Augmented(seen["train"], args.sd)
     try:
         train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and the "
-                                "same command with --resume goes on from it") from None
+        raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and "
+                                "the same command with --resume goes on from it") from None
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
     save_classifier(model.to_classifier(classes), run / "classifier")
@@ -198,7 +195,22 @@ def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, T
     return head
 
 
-def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, reports, tokenize, args, run: Path) -> None:
+def clip_rows(clip, tile_emb: dict[str, Tensor], labels, classes: list[str], args) -> dict[str, Tensor]:
+    """--baseline's two reference rows, test probabilities (N, C) of the CLIP image tower: they tell what the retrieved
+    text can know of a tile. tile_emb: split -> (N, text_dim)."""
+    rows = {}
+    if "clip-probe" in args.baseline:
+        probe = train_head(nn.Linear(clip.dim, len(classes)), tile_emb, labels, args.sd, args.head_steps)
+        rows["CLIP linear probe"] = probe(tile_emb["test"]).softmax(dim=1).detach()
+    if "zeroshot" in args.baseline:  # CLIP's logits: cosines with a prompt a class, at the usual temperature of 1/100
+        names = DATASETS.get(args.ds, {}).get("prompts") or [re.sub(r"[_-]+", " ", name) for name in classes]
+        prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])                   # (C, text_dim)
+        rows["CLIP zero-shot"] = (100 * tile_emb["test"] @ prompts.T).softmax(dim=1)
+    return rows
+
+
+def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, reports, tokenize, args,
+                 run: Path) -> None:
     """Step 4. Leaves the model in its best state by --monitor, and last.pt, log.jsonl in the run's folder.
 
     tiles: split -> images for the backbone; pairs: split -> report of each tile (N,); tokens: (M, L) of all reports, or
@@ -268,9 +280,9 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                                       args.kd_weight)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is not finite at step {step + 1}: " + ", ".join(f"{k} {x:.4g}" for k, x in parts.items())
-                    + f", lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of step "
-                    f"{state['step']}; try a lower --lr")
+                    f"the loss is not finite at step {step + 1}: " + "".join(f"{k} {x:.4g}, " for k, x in parts.items())
+                    + f"lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of "
+                    f"step {state['step']}; try a lower --lr")
             optimizer.zero_grad()
             loss.backward()
             if args.clip:
@@ -309,7 +321,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                 tqdm.write(f"step {step}/{total}  " + "  ".join(
                     f"{key} {line[key]:.4f}" for key in ("loss", "ce", "kd", "val_loss", "val_bacc") if key in line))
             if state["stopped"]:
-                print(f"--early: {args.monitor} has not improved by more than {args.delta} in {args.patience} validations")
+                print(f"--early: {args.monitor} has not improved by more than {args.delta} in {args.patience} looks")
                 break
             model.train()
     bar.close()
@@ -332,7 +344,8 @@ def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens,
         used, report = pairs.unique(return_inverse=True)
         texts = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])
         t, spread = texts[report], {"text_spread": text_spread(texts)}
-    loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
+    scored = logits.softmax(dim=1) if args.double_softmax else logits
+    loss, parts = clipit_loss(scored, labels, t_hat, t, args.kd_weight)
     metrics = scores(logits.softmax(dim=1), labels)
     return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
             "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"], **spread}
@@ -449,7 +462,7 @@ def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[
 # ---- Tiles of a run, its folder and its files -----------------------------------------------------------------------
 
 def pick_tiles(split: str, args) -> Tiles:
-    """The tiles of a split that this run uses: --limit's share, --shots a class of the training ones, none unreadable."""
+    """The tiles of a split that this run uses: --limit's share, --shots a class in training, none unreadable."""
     tiles = load_tiles(args.ds, split, args.data_dir, val_fraction=args.val_int)
     if args.limit:
         tiles = tiles.take(stratified_split(tiles.labels, args.limit, args.sd)[1])
@@ -488,11 +501,10 @@ class Augmented(torch.utils.data.Dataset):
 def open_run(args, tiles, reports) -> Path:
     """Make DIR/OUTPUT/RUN with args.json. A folder that holds another configuration is left as it is (ValueError)."""
     run = Path(args.dir, args.output, args.run)
-    places = ("dir", "output", "run", "data_dir", "worker", "device", "resume", "log", "table", "csv", "wandb", "tensorboard",
-              "download")
-    digest = hashlib.sha256("\n".join(f"{p} {y}" for s in SPLITS for p, y in zip(tiles[s].paths, tiles[s].labels)).encode())
-    config = {key: value for key, value in vars(args).items() if key not in places}
-    config |= {"tiles": digest.hexdigest(), "reports_text": hashlib.sha256("\n".join(reports).encode()).hexdigest()}
+    lines = [f"{path} {label}" for split in SPLITS for path, label in zip(tiles[split].paths, tiles[split].labels)]
+    config = {key: value for key, value in vars(args).items() if key not in PLACES}
+    config |= {name: hashlib.sha256("\n".join(what).encode()).hexdigest()
+               for name, what in (("tiles", lines), ("reports_text", reports))}
     try:
         run.mkdir(parents=True, exist_ok=True)
         if (run / "args.json").exists():
@@ -518,8 +530,8 @@ def open_run(args, tiles, reports) -> Path:
 def versions() -> dict:
     """Of Python and the packages whose numbers a result depends on, and the git commit of this file, if any."""
     packages = {name: version(name) for name in ("torch", "torchvision", "timm", "open_clip_torch", "pillow")}
-    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                                                 capture_output=True, text=True)
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {"versions": {"python": sys.version.split()[0], **packages}, "commit": git and git.stdout.strip() or None}
 
 
@@ -530,7 +542,7 @@ def open_trackers(args, run: Path) -> list:
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(run / "tensorboard")
-            trackers.append(lambda line, step: [writer.add_scalar(key, x, step) for key, x in line.items()] and writer.flush())
+            trackers.append(lambda line, step: [writer.add_scalar(key, x, step) for key, x in line.items()])
         if args.wandb:
             import wandb
             project = wandb.init(project="clip-it", name=f"{args.output}/{args.run}", dir=run, config=vars(args))
@@ -593,21 +605,24 @@ def finite(value):
 def print_rows(metrics: dict, run: Path) -> None:
     notes = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)", "CLIP zero-shot": "",
              "CLIP linear probe": ""}
-    columns = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "macro AUROC"}
+    columns = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
+               "macro_auroc": "macro AUROC"}
     print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in columns.values()))
     for row, values in metrics["rows"].items():
-        print((row + notes.get(row, " (image only)")).ljust(41) + "".join(f"{100 * values[key]:12.2f}" for key in columns))
+        print((row + notes.get(row, " (image only)")).ljust(41)
+              + "".join(f"{100 * values[key]:12.2f}" for key in columns))
     gained = metrics["complementarity"]
     print(f"complementarity: the text head is right where the vision head is wrong on {gained['tiles']} tiles, "
-          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors\n  by class: "
-          + ", ".join(f"{name} {of['tiles']} ({of['share']:.0%})" for name, of in gained["per_class"].items()))
+          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors\n"
+          "  by class: " + ", ".join(f"{name} {of['tiles']} ({of['share']:.0%})"
+                                     for name, of in gained["per_class"].items()))
     print(f"the run lies in {run}")
 
 
 # ---- Table 1 of the paper, from finished runs -----------------------------------------------------------------------
 
-# Balanced accuracy in %, unimodal -> CLIP-IT. Columns: pcam, bach, crc. Unimodal from the paper's Table 1; CLIP-IT with two
-# decimals from the paper too, with one from the table of the authors' README, whose figures are the paper's but rounded.
+# Balanced accuracy in %, unimodal -> CLIP-IT. Columns: pcam, bach, crc. Unimodal from the paper's Table 1; CLIP-IT with
+# two decimals from the paper too, with one from the table of the authors' README, the same results rounded.
 PAPER = {
     "UNI": ((94.24, 95.49), (78.89, 81.8), (94.66, 95.9)), "DINOL14": ((88.88, 92.3), (84.26, 86.1), (94.40, 95.9)),
     "VITB_16": ((88.13, 91.4), (80.78, 82.9), (95.86, 95.7)), "VITS_16": ((88.43, 90.9), (82.90, 84.6), (93.77, 95.3)),
@@ -628,7 +643,7 @@ def table(folder, csv_path=None) -> dict:
         raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give the --dir of finished runs")
     lines = []
     for (ds, model, row, same), runs in found.items():
-        values = {name: torch.tensor([100 * run["rows"][name]["balanced_accuracy"] for run in runs], dtype=torch.float64)
+        values = {name: torch.tensor([100 * run["rows"][name]["balanced_accuracy"] for run in runs]).double()
                   for name in ("vision head", row)}
         gain = values[row] - values["vision head"]
         stats = {key: (x.mean().item(), x.std().item() if len(runs) > 1 else math.nan)
@@ -680,7 +695,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("sd", 0, "seed", int)
     flag("shots", None, "labelled training tiles a class, drawn by the seed; unset, all (demo: 60)", int)
     flag("limit", None, "use this share of every split, for a quick try", float)
-    flag("val-int", None, "share of the training tiles held out for validation instead of the data set's own split", float)
+    flag("val-int", None, "share of the training tiles held out for validation, not the data set's own split", float)
     flag("skip-bad", action="store_true", default=False, help="leave unreadable tiles out instead of stopping")
     flag("batch", None, "tiles a step", int)
     flag("lr", 1e-3, "of Adam", float)
@@ -702,7 +717,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
     flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
     flag("random-fusion", action="store_true", default=False, help="the authors' start: a random fusion layer")
-    flag("double-softmax", action="store_true", default=False, help="the authors' loss: cross-entropy of softmax outputs")
+    flag("double-softmax", action="store_true", default=False, help="the authors' loss: CE of softmax outputs")
     flag("val-every", None, "epochs between validations (crc, pcam: 0.1)", float)
     flag("monitor", "val_loss", "best state and --early", choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
@@ -711,8 +726,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("delta", 0.0, "what counts as an improvement for --early", float)
     flag("chkpnt", 0, "1: keep the trained state of every validation", int, choices=(0, 1))
     flag("log", 1, "validations for each printed line", int)
-    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; zeroshot, clip-probe: rows of the CLIP image tower",
-         nargs="+", choices=("lora", "zeroshot", "clip-probe"))
+    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; zeroshot, clip-probe: rows of the CLIP "
+         "image tower", nargs="+", choices=("lora", "zeroshot", "clip-probe"))
     flag("tensorboard", action="store_true", default=False, help="log to RUN/tensorboard too")
     flag("wandb", 0, "1: log to Weights & Biases too", int, choices=(0, 1))
     flag("table", help="print the finished runs under this folder as Table 1, and end")
@@ -737,13 +752,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--ds {args.ds} needs --reports")
     for key, ok, expected in (
             ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
-            ("lora_alpha", args.lora_alpha > 0, "more than 0"), ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"),
-            ("batch", args.batch >= 1, "1 or more"), ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
+            ("lora_alpha", args.lora_alpha > 0, "more than 0"),
+            ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"), ("batch", args.batch >= 1, "1 or more"),
+            ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
             ("head_steps", args.head_steps >= 1, "1 or more"),
             ("val_int", args.val_int is None or 0 < args.val_int < 1, "a share between 0 and 1, such as 0.2"),
             ("limit", args.limit is None or 0 < args.limit < 1, "a share between 0 and 1, such as 0.1"),
             ("drop_words", 0 <= args.drop_words < 1, "a share from 0 to below 1, such as 0.3"),
-            ("shots", args.shots is None or args.shots >= 1, "1 or more"), ("val_every", args.val_every > 0, "more than 0"),
+            ("shots", args.shots is None or args.shots >= 1, "1 or more"),
+            ("val_every", args.val_every > 0, "more than 0"),
             ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more")):
         if not ok:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
@@ -751,11 +768,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.output = args.output or slug(Path(args.ds).name)
     # the run's name tells the flags that differ from the data set's defaults
-    places = ("ds", "dir", "data_dir", "output", "run", "resume", "worker", "device", "log", "skip_bad", "wandb", "tensorboard",
-              "download")
     differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
                                        else f"-{Path(str(value)).name}")
-              for key, value in vars(args).items() if key not in places and value != getattr(unset, key)]
+              for key, value in vars(args).items()
+              if key not in (*PLACES, "ds", "skip_bad") and value != getattr(unset, key)]
     args.run = args.run or slug("_".join(differ)) or "base"
     return args
 
@@ -769,7 +785,8 @@ def slug(text: str) -> str:
 def subset_name(args) -> str:
     """What sets this run's tiles apart in the cache of tile features."""
     return "".join(f"-{key}{value}" for key, value in (
-        ("val", args.val_int), ("limit", args.limit), ("shots", args.shots), ("sd", (args.limit or args.shots) and args.sd))
+        ("val", args.val_int), ("limit", args.limit), ("shots", args.shots),
+        ("sd", args.sd if args.limit or args.shots else None))
         if value is not None)
 
 
