@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 DEMO = ROOT / "tests" / "demo"
 MODELS = ["--clip-model", f"local-dir:{DEMO}/clip", "--model", f"local-dir:{DEMO}/backbone"]
-REPORTS = ["Colon, biopsy: adenocarcinoma, moderately differentiated.", "Mature adipose tissue without atypia.",
-           "Smooth muscle bundles of the muscularis propria.", "Lymph node with reactive follicles.",
-           "Pools of mucin with few floating cells.", "Normal mucosa with regular crypts."]
+REPORTS = (DEMO / "reports.txt").read_text().splitlines()[:12]
 
 
 def write_tiles(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
@@ -32,9 +30,15 @@ def write_tiles(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 @pytest.fixture
 def world(tmp_path) -> Path:
-    """tiles/{train,val,test}/{A,B,C}/*.png and reports.txt."""
-    for seed, (split, count) in enumerate((("train", 8), ("val", 3), ("test", 5))):
-        write_tiles(tmp_path / "tiles" / split, {"A": count, "B": count, "C": count}, seed)
+    """tiles/{train,val,test}/{A,B,C}/*.png, three kinds of the demo's tissue, and reports.txt."""
+    first = 0
+    for split, count in (("train", 8), ("val", 3), ("test", 5)):
+        for name, kind in (("A", "ADI"), ("B", "LYM"), ("C", "STR")):
+            folder = tmp_path / "tiles" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.open(DEMO / "test" / kind / f"{first + i:03d}.jpg").save(folder / f"{i}.png")
+        first += count
     (tmp_path / "reports.txt").write_text("\n".join(REPORTS) + "\n")
     return tmp_path
 

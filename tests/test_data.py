@@ -75,7 +75,7 @@ def test_reports_are_read_alike_from_every_kind_of_file(tmp_path):
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in REPORTS) + "\n\n")
     (tmp_path / "folder").mkdir()
     for i, text in enumerate(REPORTS):
-        (tmp_path / "folder" / f"{i}.txt").write_text(text.replace(" ", "\n", 1))
+        (tmp_path / "folder" / f"{i:02d}.txt").write_text(text.replace(" ", "\n", 1))
     for name in ("r.txt", "r.csv", "r.jsonl", "folder"):
         assert load_reports(tmp_path / name) == REPORTS
 

@@ -102,7 +102,7 @@ def test_weights_that_cannot_be_used(says, world):
     torch.save({"blocks.0.other": torch.zeros(1)}, world / "other.pth")
     (world / "text.pth").write_text("not a checkpoint")
     torch.save({"model": object}, world / "code.pth")
-    for flag, key in (("--weights", "blocks.0.other"), ("--clip-weights", "visual.class_embedding")):  # what does not fit
+    for flag, key in (("--weights", "blocks.0.other"), ("--clip-weights", "Missing key")):  # what does not fit
         says([flag, world / "no.pth"], flag, "no such file")
         says([flag, world / "other.pth"], world / "other.pth", key)
         says([flag, world / "text.pth"], world / "text.pth")
