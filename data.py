@@ -48,7 +48,6 @@ DATASETS = {
         clip_model=f"local-dir:{HERE}/tests/demo/clip",
         model=f"local-dir:{HERE}/tests/demo/backbone",
         prompts=TISSUES, shots=60, batch=32, ep=20, worker=0, lora_text=0,
-        kd_weight=5.0,  # why so: README, "What the demo shows"
     ),
     "crc": dict(  # the authors validate ten times in their one epoch
         title="NCT-CRC-HE-100K and CRC-VAL-HE-7K", licence="CC BY 4.0", reports="authors:colon", ep=1, val_every=0.1,

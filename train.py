@@ -712,7 +712,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("lora-vision", 1, "0: the backbone stays as it is", int, choices=(0, 1))
     flag("no-lin", action="store_true", default=False, help="LoRA on Conv2d and Embedding alone")
     flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
-    flag("kd-weight", None, "lambda; unset, 1 (demo: 5)", float)
+    flag("kd-weight", 1.0, "lambda", float)
     flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
     flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
     flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
@@ -741,7 +741,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
     row = DATASETS.get(args.ds, {})
     defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
-                "reports": None, "shots": None, "val_every": 1.0, "lora_text": 1, "kd_weight": 1.0} | row
+                "reports": None, "shots": None, "val_every": 1.0, "lora_text": 1} | row
     defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
     unset = parser.parse_args(["--ds", args.ds])
     for key, value in defaults.items():
