@@ -239,6 +239,14 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                      scheduler=scheduler and scheduler.state_dict(), log_bytes=os.path.getsize(run / "log.jsonl"))
         save(run / "last.pt", state)
 
+    def stop_unless_finite(step, parts):
+        """Before anything is made of a step: a loss that is not finite ends the run, last.pt stays as it was."""
+        if not all(math.isfinite(x) for x in parts.values()):
+            raise FloatingPointError(
+                f"not finite at step {step}: " + "".join(f"{key} {x:.4g}, " for key, x in parts.items())
+                + f"lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of step "
+                f"{state['step']}; try a lower --lr")
+
     if args.resume and (run / "last.pt").exists():
         state = torch.load(run / "last.pt", weights_only=True)
         load_trainable(model, state["model"])
@@ -278,11 +286,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                 logits, t_hat, t = model.forward_train(images, batch_tokens.to(device), report.to(device))
             loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, target, t_hat, t,
                                       args.kd_weight)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step + 1}: " + "".join(f"{k} {x:.4g}, " for k, x in parts.items())
-                    + f"lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of "
-                    f"step {state['step']}; try a lower --lr")
+            stop_unless_finite(step + 1, {"loss": loss.detach(), **parts})
             optimizer.zero_grad()
             loss.backward()
             if args.clip:
@@ -298,6 +302,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                 continue
 
             val = validate(model, tiles["val"], labels["val"], pairs["val"], tokens, args)
+            stop_unless_finite(step, {key: x for key, x in val.items() if key in ("val_loss", "val_ce", "val_kd")})
             count = step - state["step"]
             line = {"step": step, "epoch": step / steps_per_epoch, **{k: float(x) / count for k, x in sums.items()},
                     **val, "lr": optimizer.param_groups[0]["lr"],

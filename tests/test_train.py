@@ -207,7 +207,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(argv, mon
     assert ended.value.code == 1
     assert all(word in said for word in ("not finite at step", "ce ", "kd ", "lr 1e+30", "last.pt"))
     state = torch.load(run_folder(argv) / "last.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["model"].values())
+    assert state["step"] == 0  # the first step at that rate ruins the model, so what is kept is what it began with
+    assert all(value.abs().max() < 100 for value in state["model"].values())
 
 
 def test_dropped_words_are_a_share_in_order_and_anew_for_every_seed():
