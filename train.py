@@ -709,7 +709,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("head-steps", 12500, "at most so many steps for the vision head and the text head", int)
     flag("worker", None, "processes that decode tiles", int)
     flag("clip", 0.5, "largest norm of the gradient; 0: no limit", float)
-    flag("scheduler", 0, "1: cosine by step down to 0", int, choices=(0, 1))
+    flag("scheduler", 0, "1: cosine by step down to a tenth", int, choices=(0, 1))
     flag("lora-r", 16, "rank", int)
     flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", float)
     flag("lora-dropout", 0.0, "before the down projection", float)
@@ -771,7 +771,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
-    args.output = args.output or slug(Path(args.ds).name)
+    args.output = args.output or slug(Path(args.ds).resolve().name)
     # the run's name tells the flags that differ from the data set's defaults
     differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
                                        else f"-{Path(str(value)).name}")

@@ -226,6 +226,14 @@ def test_flags_are_taken_with_underscores_too_and_the_run_is_named_after_what_di
     assert train.parse_args([]).run == "base"
 
 
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    flags = ["--" + name.replace("_", "-") for name in vars(train.parse_args([]))]
+    assert ended.value.code == 0 and all(flag in shown for flag in flags)
+
+
 def test_the_heads_take_the_state_of_the_lowest_validation_loss():
     generator = torch.Generator().manual_seed(0)
     x = {split: torch.randn(60, 5, generator=generator) for split in ("train", "val")}
