@@ -232,10 +232,12 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     sign = -1 if args.mod == "max" else 1
     state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
 
+    def trained_state():
+        return {name: p.detach().cpu().clone() for name, p in trainable.items()}
+
     def keep_state(step):
         """last.pt: everything that the next step depends on."""
-        state.update(step=step, model={name: p.detach().cpu().clone() for name, p in trainable.items()},
-                     optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+        state.update(step=step, model=trained_state(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                      scheduler=scheduler and scheduler.state_dict(), log_bytes=os.path.getsize(run / "log.jsonl"))
         save(run / "last.pt", state)
 
@@ -284,8 +286,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                     used, report = pairs["train"][chosen].unique(return_inverse=True)
                     batch_tokens = tokens[used]
                 logits, t_hat, t = model.forward_train(images, batch_tokens.to(device), report.to(device))
-            loss, parts = clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, target, t_hat, t,
-                                      args.kd_weight)
+            loss, parts = loss_of(logits, target, t_hat, t, args)
             stop_unless_finite(step + 1, {"loss": loss.detach(), **parts})
             optimizer.zero_grad()
             loss.backward()
@@ -316,8 +317,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
             if sign * val[args.monitor] < sign * state["best"]["value"]:
                 if sign * val[args.monitor] < sign * state["best"]["value"] - args.delta:
                     state["waited"] = 0
-                state["best"] = {"value": val[args.monitor], "step": step,
-                                 "model": {name: p.detach().cpu().clone() for name, p in trainable.items()}}
+                state["best"] = {"value": val[args.monitor], "step": step, "model": trained_state()}
             state["stopped"] = bool(args.early) and state["waited"] >= args.patience
             keep_state(step)
             if args.chkpnt:
@@ -335,6 +335,11 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     model.eval()
 
 
+def loss_of(logits: Tensor, labels: Tensor, t_hat, t, args):
+    """clipit_loss with this run's lambda, of logits or, with --double-softmax, of the authors' probabilities."""
+    return clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
+
+
 @torch.no_grad()
 def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens, args) -> dict[str, float]:
     """The loss and its parts over the whole validation split, and accuracies. The prediction uses the image alone; the
@@ -349,8 +354,7 @@ def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens,
         used, report = pairs.unique(return_inverse=True)
         texts = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])
         t, spread = texts[report], {"text_spread": text_spread(texts)}
-    scored = logits.softmax(dim=1) if args.double_softmax else logits
-    loss, parts = clipit_loss(scored, labels, t_hat, t, args.kd_weight)
+    loss, parts = loss_of(logits, labels, t_hat, t, args)
     metrics = scores(logits.softmax(dim=1), labels)
     return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
             "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"], **spread}
