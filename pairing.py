@@ -227,11 +227,12 @@ def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tupl
     return torch.cat(index), torch.cat(similarity)
 
 
-def cached(path, key: dict[str, str], compute: Callable[[], Tensor]) -> tuple[Tensor, str]:
+def cached(path, key: dict[str, str], compute: Callable[[], Tensor], write: bool = True) -> tuple[Tensor, str]:
     """(tensor, what happened): the tensor stored at `path` if it was made from the same `key`, else compute()'s.
 
     key: name -> what the tensor came from, compared by hash; a changed one is named. The file is written under a
-    temporary name and renamed, so that a run that is killed leaves the old file or the new one.
+    temporary name and renamed, so that a run that is killed leaves the old file or the new one; of many processes that
+    compute it together, one has write=True.
     """
     path, reason = Path(path), "computed"
     digests = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in key.items()}
@@ -245,6 +246,8 @@ def cached(path, key: dict[str, str], compute: Callable[[], Tensor]) -> tuple[Te
         except Exception as error:  # whatever is wrong with a cache, computing again mends it
             reason = f"computed again, because {path} is not readable ({type(error).__name__})"
     tensor = compute()
+    if not write:
+        return tensor, reason
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"key": digests, "tensor": tensor}, path.with_name(path.name + ".tmp"))
     os.replace(path.with_name(path.name + ".tmp"), path)

@@ -4,6 +4,7 @@
     python train.py --ds my_tiles --reports reports.txt    # my_tiles/{train,test}/CLASS/*.png, one report a line
     python train.py --no-text                              # the ablation: same layers and steps, no distillation
     python train.py --table runs                           # all finished runs under a folder as Table 1
+    torchrun --nproc_per_node 4 train.py --ds crc          # the same numbers from four processes, a GPU each
 
 A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
 predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained.
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,13 +35,14 @@ from tqdm import tqdm
 from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
                   load_reports, load_tiles, stratified_split)
-from lora import inject_lora
+from lora import TARGETS, inject_lora
 from pairing import CLIPS, cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, of each process
 # Flags that say where and how a run is made, not what it is: they may change when it is resumed
 PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log", "table", "csv", "wandb",
-          "tensorboard")
+          "tensorboard", "compile", "grad_checkpointing")
 # What the authors feed PCAM to every backbone with: OpenAI CLIP's statistics, bicubic; and in training these changes
 AUTHORS_PCAM = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
                     interpolation="bicubic")
@@ -53,7 +56,7 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     if args.table:
         return table(args.table, args.csv)
-    device = torch.device(args.device)
+    device = args.device
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -75,10 +78,14 @@ def main(argv=None) -> dict:
     if args.batch > len(tiles["train"]):
         raise ValueError(f"--batch {args.batch}: larger than the {len(tiles['train'])} training tiles; give a smaller "
                          "one")
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run = open_run(args, tiles, reports)
     print(f"{args.ds}: {len(classes)} classes, tiles "
           + ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
-          + f"; {len(reports)} reports; on {device}")
+          + f"; {len(reports)} reports; on {device}" + f", {WORLD} processes" * (WORLD > 1))
     for name, what in ((args.model, args.weights), (args.clip_model, args.clip_weights)):
         if what == "none":
             print(f"{name}: random weights, as asked for; its features mean nothing")
@@ -86,13 +93,14 @@ def main(argv=None) -> dict:
     # ---- 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is seen ----------------------------------
     cache = Path(args.dir, "cache", slug(f"{args.ds} {args.clip_model}"))
     text_emb, how = cached(cache / f"reports-{slug(Path(args.reports).stem)}.pt", cache_key(clip, texts=reports),
-                           lambda: embed_texts(clip, reports))                                        # (M, text_dim)
+                           lambda: embed_texts(clip, reports), write=RANK == 0)                       # (M, text_dim)
     print(f"report features: {how}")
     tile_emb, pairs, similarity = {}, {}, {}
     for split in SPLITS:
         seen = tiles[split].seen_by(clip.preprocess)
         tile_emb[split], how = cached(cache / f"{split}{subset_name(args)}.pt", cache_key(clip, paths=seen.paths),
-                                      lambda: embed_images(clip, seen, args.batch, args.worker))      # (N, text_dim)
+                                      lambda: gathered([embed_images(clip, own_share(seen), args.batch, args.worker)],
+                                                       len(seen), args), write=RANK == 0)           # (N, text_dim)
         print(f"{split} tile features for pairing: {how}")
         pairs[split], similarity[split] = nearest_text(tile_emb[split], text_emb)                     # (N,), (N,)
     write_pairs(run / "pairs.csv", tiles, pairs, similarity)
@@ -105,10 +113,17 @@ def main(argv=None) -> dict:
     if args.augment:
         backbone.recipe |= AUTHORS_PCAM
     image_of = tile_transform(**{key: value for key, value in backbone.recipe.items()
-                                 if key in ("size", "mean", "std", "interpolation")})
-    seen = {split: tiles[split].seen_by(image_of) for split in SPLITS}
-    if not (args.resume and (run / "heads.pt").exists()):
-        v = {split: backbone_features(backbone, seen[split], args) for split in SPLITS}               # (N, vision_dim)
+                                 if key in ("size", "mean", "std", "interpolation")}).transforms
+    # resized and cropped by the workers, as uint8; made floats and normalised on the device
+    seen = {split: tiles[split].seen_by(v2.Compose(image_of[:3])) for split in SPLITS}
+    normalise = v2.Compose(image_of[3:])
+
+    def features():
+        return {split: outputs(backbone, seen[split], normalise, args) for split in SPLITS}           # (N, vision_dim)
+
+    heads_are_there = args.resume and found(run / "heads.pt")
+    v = None if heads_are_there else features()
+    if not heads_are_there:
         t = {split: text_emb[pairs[split]] for split in SPLITS}                                       # (N, text_dim)
         torch.manual_seed(args.sd)
         vision_head = train_head(nn.Linear(v["train"].shape[1], len(classes)), v, labels, args.sd, args.head_steps)
@@ -125,35 +140,47 @@ def main(argv=None) -> dict:
     model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["start"]["weight"].shape[1], clip.dim,
                    args.kd_layers, fused="lora" not in args.baseline, random_fusion=args.random_fusion)
     model.vision_head.load_state_dict(heads["start"])
-    targets = ("embedding", "conv2d") if args.no_lin else ("linear", "conv2d", "embedding")
-    lora = dict(rank=args.lora_r, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
-    if args.lora_vision:
-        inject_lora(model.backbone, **lora)
+    adapted = args.lora_vision and adapt(model.backbone, "backbone", args)
+    fixed_backbone = not adapted and not args.augment
     tokens = None
     if not args.no_text and model.fused:
         model.text_tower, tokens = clip.text_tower, clip.tokenize(reports)                            # (M, L)
-        if args.lora_text and not args.detach_text:
-            inject_lora(model.text_tower, **lora)
-        elif not args.drop_words:  # a text that never changes: its features are looked up and the tower is dropped
+        adapted = args.lora_text and not args.detach_text and adapt(model.text_tower, "text tower", args)
+        if not adapted and not args.drop_words:  # it never changes: its features are looked up, the tower is dropped
             model.text_tower, tokens = nn.Embedding.from_pretrained(text_emb), torch.arange(len(reports))
+    # CLIP ends here, but for a text tower that the model holds
+    tokenize, clip = clip.tokenize, None
     model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    towers = [tower for tower in (model.backbone, model.text_tower) if tower is not None]
+    for tower in towers:
+        if args.grad_checkpointing and hasattr(tower, "set_grad_checkpointing"):
+            tower.set_grad_checkpointing(True)
+        if args.compile:
+            tower.compile(dynamic=tower is not model.backbone)  # the number of distinct reports changes
     counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
               "total": sum(p.numel() for p in model.parameters())}
     held = json.loads((run / "args.json").read_text())
     write_text(run / "args.json", json.dumps(held | {"parameters": counts}, indent=1))
     print(f"training {counts['trained']:,} of {counts['total']:,} parameters for {args.ep} epochs")
+    inputs, prepare = seen, normalise
     if args.augment:
-        seen["train"] = Augmented(seen["train"], args.sd)
+        inputs = seen | {"train": Augmented(seen["train"], args.sd)}
+    if fixed_backbone:  # its features never change either: they are the input
+        v, prepare, model.backbone = v or features(), nn.Identity(), nn.Identity()
+        inputs = {split: torch.utils.data.TensorDataset(v[split], labels[split]) for split in SPLITS}
     try:
-        train_clipit(model, seen, labels, pairs, tokens, reports, clip.tokenize, args, run)
+        train_clipit(model, inputs, prepare, labels, pairs, tokens, reports, tokenize, args, run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and "
                                 "the same command with --resume goes on from it") from None
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
-    save_classifier(model.to_classifier(classes), run / "classifier")
+    model.backbone = backbone
+    written(run / "classifier", model.to_classifier(classes).save_pretrained)
     classifier = Classifier.from_pretrained(run / "classifier").to(device)
-    test = predict(classifier, seen["test"], args)                                                    # (N, C)
+    test = outputs(classifier, seen["test"], normalise, args).softmax(dim=1)                          # (N, C)
     write_predictions(run / "predictions.csv", tiles["test"], test)
     name = ("LoRA with a plain head" if not model.fused else "CLIP-IT without text" if args.no_text else "CLIP-IT")
     rows = {row: p for row, p in heads.items() if row != "start"} | {name: test}
@@ -209,15 +236,24 @@ def clip_rows(clip, tile_emb: dict[str, Tensor], labels, classes: list[str], arg
     return rows
 
 
-def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, reports, tokenize, args,
-                 run: Path) -> None:
+def adapt(tower: nn.Module, name: str, args) -> bool:
+    """LoRA on the tower's layers of the kinds in --lora-targets; False where it has none, and it stays as it is."""
+    if not any(isinstance(layer, TARGETS[kind].adapts) for layer in tower.modules() for kind in args.lora_targets):
+        print(f"--lora-targets {' '.join(args.lora_targets)}: the {name} has no such layer and stays as it is")
+        return False
+    inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    return True
+
+
+def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, reports, tokenize, args, run: Path):
     """Step 4. Leaves the model in its best state by --monitor, and last.pt, log.jsonl in the run's folder.
 
-    tiles: split -> images for the backbone; pairs: split -> report of each tile (N,); tokens: (M, L) of all reports, or
-    None without text. Epoch e visits the tiles in an order that seed and e alone decide, so that a resumed run goes on
-    as if it had never stopped.
+    tiles: split -> images (uint8), which `prepare` makes the backbone's input on the device; pairs: split -> report of
+    each tile (N,); tokens: (M, L) of all reports, or None without text. Epoch e visits the tiles in an order that seed
+    and e alone decide and the random numbers of a step come from its own seed, so that a resumed run goes on as if it
+    had never stopped. Of many processes each computes its share of every batch, and gradients are summed.
     """
-    device, n = next(model.parameters()).device, len(tiles["train"])
+    device, n = args.device, len(tiles["train"])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
     optimizer = torch.optim.Adam(trainable.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -227,8 +263,11 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
     scheduler = None
     if args.scheduler:  # down to a tenth, the authors' 1e-4; by step, where theirs went by epoch and so stood still
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=args.lr / 10)
-    order: list[int] = []
-    loader = batches(tiles["train"], args, sampler=order, persistent_workers=args.worker > 0 and not args.augment)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    shares: list[list[int]] = []  # the tiles of each batch that are this process's
+    persistent = args.worker > 0 and not args.augment  # Augmented tells its workers the epoch when they start
+    loader = batches(tiles["train"], args, batch_sampler=shares, persistent_workers=persistent)
+    val_loader = batches(own_share(tiles["val"]), args, batch_size=args.batch, persistent_workers=args.worker > 0)
     sign = -1 if args.mod == "max" else 1
     state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
 
@@ -237,7 +276,7 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
 
     def keep_state(step):
         """last.pt: everything that the next step depends on."""
-        state.update(step=step, model=trained_state(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+        state.update(step=step, model=trained_state(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                      scheduler=scheduler and scheduler.state_dict(), log_bytes=os.path.getsize(run / "log.jsonl"))
         save(run / "last.pt", state)
 
@@ -249,17 +288,17 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
                 + f"lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of step "
                 f"{state['step']}; try a lower --lr")
 
-    if args.resume and (run / "last.pt").exists():
+    if args.resume and found(run / "last.pt"):
         state = torch.load(run / "last.pt", weights_only=True)
         load_trainable(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        scaler.load_state_dict(state["scaler"])
         if scheduler:
             scheduler.load_state_dict(state["scheduler"])
         os.truncate(run / "log.jsonl", state["log_bytes"])
         print(f"going on from step {state['step']} of {total}")
     else:
-        (run / "log.jsonl").write_text("")
+        write_text(run / "log.jsonl", "")
         keep_state(0)
 
     trackers = open_trackers(args, run)
@@ -269,48 +308,57 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
         epoch, offset = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(args.sd * 100_003 + epoch)
         tiles["train"].epoch = epoch  # for Augmented
-        order[:] = torch.randperm(n, generator=generator)[offset * args.batch:].tolist()
+        whole = torch.randperm(n, generator=generator).split(args.batch)[offset:]
+        shares[:] = [batch[own_rows(len(batch))].tolist() for batch in whole]
         model.train()
-        for batch, (images, target) in enumerate(loader):
-            chosen = order[batch * args.batch:(batch + 1) * args.batch]  # the tiles of this batch
-            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
-            if tokens is None:
-                (logits, t_hat), t = model.fuse(model.backbone(images)), None
-            else:
-                if args.drop_words:
-                    texts = [drop_words(reports[pairs["train"][i]], args.drop_words, f"{args.sd} {epoch} {i}")
-                             for i in chosen]
-                    distinct = list(dict.fromkeys(texts))
-                    batch_tokens, report = tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
+        for (images, target), batch, share in zip(on_device(loader, prepare, args), whole, shares):
+            torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
+            with autocast(args):
+                if tokens is None:
+                    (logits, t_hat), t = model.fuse(model.backbone(images)), None
                 else:
-                    used, report = pairs["train"][chosen].unique(return_inverse=True)
-                    batch_tokens = tokens[used]
-                logits, t_hat, t = model.forward_train(images, batch_tokens.to(device), report.to(device))
+                    if args.drop_words:
+                        texts = [drop_words(reports[pairs["train"][i]], args.drop_words, f"{args.sd} {epoch} {i}")
+                                 for i in share]
+                        distinct = list(dict.fromkeys(texts))
+                        used, report = tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
+                    else:
+                        used, report = pairs["train"][share].unique(return_inverse=True)
+                        used = tokens[used]
+                    logits, t_hat, t = model.forward_train(images, used.to(device), report.to(device))
             loss, parts = loss_of(logits, target, t_hat, t, args)
-            stop_unless_finite(step + 1, {"loss": loss.detach(), **parts})
+            parts = {"loss": loss.detach(), **parts}
+            if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
+                stop_unless_finite(step + 1, parts)
+            weight = len(batch[RANK::WORLD]) / len(batch)  # 0 where a small batch leaves nothing to this process
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(weight * loss).backward()
+            sum_gradients(trainable.values())
+            scaler.unscale_(optimizer)
             if args.clip:
                 nn.utils.clip_grad_norm_(trainable.values(), args.clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             if scheduler:
                 scheduler.step()
             step += 1
             bar.update()
-            for key, value in {"loss": loss.detach(), **parts}.items():
-                sums[key] = sums.get(key, 0) + value
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0) + weight * value
             if step % every and step < total:
                 continue
 
-            val = validate(model, tiles["val"], labels["val"], pairs["val"], tokens, args)
+            sums = {key: summed(value).item() / (step - state["step"]) for key, value in sums.items()}
+            speed = (step - state["step"]) * args.batch / (time.perf_counter() - since)
+            stop_unless_finite(step, sums)
+            val = validate(model, val_loader, prepare, labels["val"], pairs["val"], tokens, args)
             stop_unless_finite(step, {key: x for key, x in val.items() if key in ("val_loss", "val_ce", "val_kd")})
-            count = step - state["step"]
-            line = {"step": step, "epoch": step / steps_per_epoch, **{k: float(x) / count for k, x in sums.items()},
-                    **val, "lr": optimizer.param_groups[0]["lr"],
-                    "tiles_per_second": round(count * args.batch / (time.perf_counter() - since), 1)}
+            line = {"step": step, "epoch": step / steps_per_epoch, **sums, **val, "lr": optimizer.param_groups[0]["lr"],
+                    "tiles_per_second": round(speed, 1)}
             sums, since = {}, time.perf_counter()
-            with open(run / "log.jsonl", "a") as log:
-                log.write(json.dumps(finite(line)) + "\n")
+            if RANK == 0:
+                with open(run / "log.jsonl", "a") as log:
+                    log.write(json.dumps(finite(line)) + "\n")
             for track in trackers:
                 track(line, step)
             state["waited"] += 1
@@ -336,24 +384,26 @@ def train_clipit(model: ClipIT, tiles: dict[str, Tiles], labels, pairs, tokens, 
 
 
 def loss_of(logits: Tensor, labels: Tensor, t_hat, t, args):
-    """clipit_loss with this run's lambda, of logits or, with --double-softmax, of the authors' probabilities."""
+    """clipit_loss in fp32 with this run's lambda, of logits or, with --double-softmax, the authors' probabilities."""
+    logits, t_hat, t = (x if x is None else x.float() for x in (logits, t_hat, t))
     return clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
 
 
 @torch.no_grad()
-def validate(model: ClipIT, tiles: Tiles, labels: Tensor, pairs: Tensor, tokens, args) -> dict[str, float]:
+def validate(model: ClipIT, loader: DataLoader, prepare, labels: Tensor, pairs: Tensor, tokens, args) -> dict:
     """The loss and its parts over the whole validation split, and accuracies. The prediction uses the image alone; the
     reports are encoded, each distinct one once, only for the distillation part of the loss."""
     model.eval()
-    device = next(model.parameters()).device
-    outputs = [model.fuse(model.backbone(images.to(device)))
-               for images, _ in batches(tiles, args)]
-    logits, t_hat, t, spread = torch.cat([logits for logits, _ in outputs]).float().cpu(), None, None, {}
-    if tokens is not None:
-        t_hat = torch.cat([t_hat for _, t_hat in outputs]).float().cpu()
-        used, report = pairs.unique(return_inverse=True)
-        texts = torch.cat([model.text_tower(part.to(device)).float().cpu() for part in tokens[used].split(args.batch)])
-        t, spread = texts[report], {"text_spread": text_spread(texts)}
+    with autocast(args):
+        parts = [model.fuse(model.backbone(images)) for images, _ in on_device(loader, prepare, args)]
+        logits, t_hat, t, spread = gathered([logits for logits, _ in parts], len(labels), args), None, None, {}
+        if tokens is not None:
+            t_hat = gathered([t_hat for _, t_hat in parts], len(labels), args)
+            used, report = pairs.unique(return_inverse=True)
+            own = tokens[used[own_rows(len(used))]].split(args.batch)
+            texts = [model.text_tower(part.to(args.device)) for part in own]
+            texts = gathered(texts, len(used), args)
+            t, spread = texts[report], {"text_spread": text_spread(texts)}
     loss, parts = loss_of(logits, labels, t_hat, t, args)
     metrics = scores(logits.softmax(dim=1), labels)
     return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
@@ -367,26 +417,83 @@ def text_spread(features: Tensor) -> float:
 
 
 @torch.no_grad()
-def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
-    """v of every tile, (N, vision_dim) fp32 on the CPU."""
-    device = next(backbone.parameters()).device
-    loader = tqdm(batches(tiles, args), "backbone", leave=False, disable=None)
-    return torch.cat([backbone(images.to(device)).float().cpu() for images, _ in loader])
+def outputs(model: nn.Module, tiles: Tiles, prepare, args) -> Tensor:
+    """The model's output for every tile, (N, ...) fp32 on the CPU, in order."""
+    loader = on_device(batches(own_share(tiles), args, batch_size=args.batch), prepare, args)
+    with autocast(args):
+        return gathered([model(images) for images, _ in tqdm(loader, "tiles", leave=False, disable=None)],
+                        len(tiles), args)
 
 
-@torch.inference_mode()
-def predict(classifier: Classifier, tiles: Tiles, args) -> Tensor:
-    """Class probabilities (N, C) fp32 on the CPU, from images alone."""
-    device = next(classifier.parameters()).device
-    loader = tqdm(batches(tiles, args), "test", leave=False, disable=None)
-    return torch.cat([classifier(images.to(device)).float().softmax(dim=1).cpu() for images, _ in loader])
+def batches(tiles, args, **kwargs) -> DataLoader:
+    """(images, labels), decoded by the workers. Its seed for workers comes from a generator of its own, so that the
+    random numbers of training depend neither on the workers nor on how often tiles were read."""
+    return DataLoader(tiles, num_workers=args.worker, generator=torch.Generator(),
+                      pin_memory=args.device.type == "cuda", **kwargs)
 
 
-def batches(tiles: Tiles, args, **kwargs) -> DataLoader:
-    """(images, labels) in order, or in the sampler's. Its seed for workers comes from a generator of its own, so that
-    the random numbers of training depend neither on the workers nor on how often tiles were read."""
-    return DataLoader(tiles, args.batch, num_workers=args.worker, generator=torch.Generator(),
-                      pin_memory=args.device.startswith("cuda"), **kwargs)
+def on_device(loader: DataLoader, prepare, args):
+    """The loader's batches on the device, where prepare makes floats of the uint8 images."""
+    for images, labels in loader:
+        images = prepare(images.to(args.device, non_blocking=True))
+        if args.device.type == "cuda" and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        yield images, labels.to(args.device, non_blocking=True)
+
+
+def autocast(args):
+    """--amp: matrix products in bf16 or fp16; parameters, their updates and the loss stay fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
+
+
+# ---- Many processes: tile i belongs to process i % WORLD; where there is one, nothing here does anything -------------
+
+def own_rows(n: int) -> list[int]:
+    """The rows of n that are this process's; one that has none computes the first, which then counts nothing."""
+    return list(range(RANK, n, WORLD)) or [0]
+
+
+def own_share(tiles):
+    return tiles if WORLD == 1 else torch.utils.data.Subset(tiles, own_rows(len(tiles)))
+
+
+def summed(x: Tensor) -> Tensor:
+    """x summed over the processes."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gathered(parts: list[Tensor], n: int, args) -> Tensor:
+    """All n rows in order, fp32 on the CPU, from the parts that each process has of its own share. Exact: every row
+    is summed with zeros."""
+    rows = torch.cat([part.float() for part in parts])
+    if WORLD > 1:
+        whole = torch.zeros(n, *rows.shape[1:], device=args.device)
+        whole[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))].to(args.device)
+        rows = summed(whole)
+    return rows.cpu()
+
+
+def sum_gradients(parameters) -> None:
+    if WORLD > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = summed(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, whole.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def found(path: Path) -> bool:
+    """Whether the file is there: asked by all processes before any of them goes on and may write it."""
+    there = path.exists()
+    wait_for_all()
+    return there
+
+
+def wait_for_all() -> None:
+    if WORLD > 1:
+        dist.barrier()
 
 
 def drop_words(report: str, share: float, seed: str) -> str:
@@ -525,11 +632,13 @@ def open_run(args, tiles, reports) -> Path:
                                  "--run, or remove that folder")
         elif args.resume:
             print(f"--resume: there is nothing in {run} yet; starting from the beginning")
-        if not args.resume:  # the same configuration again: its old results go first, so that none can be mistaken
+        if not args.resume and RANK == 0:  # the same again: its old results go first, so that none can be mistaken
             shutil.rmtree(run / "classifier", ignore_errors=True)
             for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv"):
                 (run / name).unlink(missing_ok=True)
-        write_text(run / "args.json", json.dumps({"config": config, "device": str(args.device)} | versions(), indent=1))
+        places = {key: value for key, value in vars(args).items() if key in PLACES}
+        held = {"config": config, "places": places} | versions()
+        write_text(run / "args.json", json.dumps(held, indent=1, default=str))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--dir {args.dir}: the run's folder {run} cannot be written or read "
                          f"({type(error).__name__}: {error}); give another --dir") from None
@@ -547,6 +656,8 @@ def versions() -> dict:
 def open_trackers(args, run: Path) -> list:
     """What --tensorboard and --wandb ask for, each as a function of a log line and its step."""
     trackers = []
+    if RANK:
+        return trackers
     try:
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -562,30 +673,32 @@ def open_trackers(args, run: Path) -> list:
     return trackers
 
 
-def save_classifier(classifier: Classifier, folder: Path) -> None:
-    """save_pretrained under a temporary name, then renamed, so that no half-written model is mistaken for one."""
-    shutil.rmtree(folder.with_name("classifier.tmp"), ignore_errors=True)
-    classifier.save_pretrained(folder.with_name("classifier.tmp"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder.with_name("classifier.tmp"), folder)
+def written(path: Path, write) -> None:
+    """write(a temporary name), then renamed: a killed run leaves the old file or the new one. Every process comes here;
+    the first one writes, the others wait for it."""
+    if RANK == 0:
+        part = path.with_name(path.name + ".tmp")
+        for old in (part, path):  # a folder cannot be renamed over another
+            if old.is_dir():
+                shutil.rmtree(old)
+        write(part)
+        os.replace(part, path)
+    wait_for_all()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first: a killed run leaves the old file or the new one."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    written(path, lambda part: part.write_text(text))
 
 
 def save(path: Path, state) -> None:
-    """torch.save, as write_text writes."""
-    torch.save(state, path.with_name(path.name + ".tmp"))
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    written(path, lambda part: torch.save(state, part))
 
 
 def write_csv(path: Path, header: list[str], rows) -> None:
-    with open(path.with_name(path.name + ".tmp"), "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    def write(part):
+        with open(part, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    written(path, write)
 
 
 def write_pairs(path: Path, tiles, pairs, similarity) -> None:
@@ -719,7 +832,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("lora-dropout", 0.0, "before the down projection", float)
     flag("lora-text", None, "0: the text tower stays as it is; unset, 1 (demo: 0)", int, choices=(0, 1))
     flag("lora-vision", 1, "0: the backbone stays as it is", int, choices=(0, 1))
-    flag("no-lin", action="store_true", default=False, help="LoRA on Conv2d and Embedding alone")
+    flag("lora-targets", list(TARGETS), "kinds of layers that LoRA adapts", nargs="+", choices=list(TARGETS))
+    flag("no-lin", action="store_true", default=False, help="the authors' name for --lora-targets conv2d embedding")
     flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
     flag("kd-weight", 1.0, "lambda", float)
     flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
@@ -741,7 +855,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("wandb", 0, "1: log to Weights & Biases too", int, choices=(0, 1))
     flag("table", help="print the finished runs under this folder as Table 1, and end")
     flag("csv", help="write the table to this file too")
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...; under torchrun each "
+         "process has its own")
+    flag("amp", None, "autocast of both towers; unset, bf16 on cuda and off elsewhere", choices=("off", "bf16", "fp16"))
+    flag("compile", action="store_true", default=False, help="torch.compile both towers")
+    flag("grad-checkpointing", action="store_true", default=False, help="less memory for more time in training")
     args = parser.parse_args(argv)
     if args.table:
         return args
@@ -751,8 +869,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     row = DATASETS.get(args.ds, {})
     defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
                 "reports": None, "shots": None, "val_every": 1.0, "lora_text": 1} | row
+    if args.no_lin:
+        args.lora_targets = [kind for kind in args.lora_targets if kind != "linear"]
+    args.lora_targets = [kind for kind in TARGETS if kind in args.lora_targets]  # whatever their order
+    del args.no_lin
+    defaults["amp"] = "bf16" if args.device.startswith("cuda") else "off"
     defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
-    unset = parser.parse_args(["--ds", args.ds])
+    unset = parser.parse_args(["--ds", args.ds, "--device", args.device])
     for key, value in defaults.items():
         for space in (args, unset):
             if hasattr(space, key) and getattr(space, key) is None:
@@ -762,6 +885,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for key, ok, expected in (
             ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
             ("lora_alpha", args.lora_alpha > 0, "more than 0"),
+            ("lora_targets", args.lora_targets, "a kind of layer beside linear, which --no-lin takes away"),
             ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"), ("batch", args.batch >= 1, "1 or more"),
             ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
             ("head_steps", args.head_steps >= 1, "1 or more"),
@@ -773,8 +897,14 @@ def parse_args(argv=None) -> argparse.Namespace:
             ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more")):
         if not ok:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+    if WORLD > 1 and args.device == "cuda":
+        args.device += f":{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: torch finds no such device here ({str(error).splitlines()[0]}); "
+                         "give cpu, cuda or cuda:0") from None
+    args.device = torch.device(args.device)
     args.output = args.output or slug(Path(args.ds).resolve().name)
     # the run's name tells the flags that differ from the data set's defaults
     differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
@@ -801,6 +931,8 @@ def subset_name(args) -> str:
 
 def cli() -> None:
     """main() for people: bad input is one or two lines on stderr and exit code 2."""
+    if RANK:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except (ValueError, OSError) as error:
@@ -809,6 +941,11 @@ def cli() -> None:
         sys.exit(fail(str(error), 1))
     except KeyboardInterrupt as stop:
         sys.exit(fail(str(stop) or "stopped", 2))
+    except RuntimeError as error:
+        if WORLD == 1:
+            raise
+        sys.exit(fail(f"process {RANK} of {WORLD}: {str(error).splitlines()[0]}\nwhere another process ended first, "
+                      "the reason is its own; --resume goes on from the last validation", 1))
 
 
 def fail(message: str, code: int) -> int:

@@ -316,7 +316,7 @@ def test_what_a_run_was_is_in_args_json(argv):
     train.main(argv)
     held = json.loads((run_folder(argv) / "args.json").read_text())
     assert held["config"]["lora_r"] == 16 and len(held["config"]["tiles"]) == len(held["config"]["reports_text"]) == 64
-    assert held["versions"]["torch"] == torch.__version__.split("+")[0] and held["device"] == "cpu"
+    assert held["versions"]["torch"] == torch.__version__.split("+")[0] and held["places"]["device"] == "cpu"
     assert 0 < held["parameters"]["trained"] < held["parameters"]["total"] and "commit" in held
 
 
@@ -357,7 +357,7 @@ if place == "after log":
     finite = train.finite
     train.open_trackers = lambda args, run: [lambda line, step: die() if step == 4 else None]
 if place == "before metrics":
-    train.predict = lambda *args: die()
+    train.Classifier.from_pretrained = lambda folder: die()
 train.main({argv!r})
 """
 
