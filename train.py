@@ -4,7 +4,7 @@
     python train.py --ds my_tiles --reports reports.txt    # my_tiles/{train,test}/CLASS/*.png, one report a line
     python train.py --no-text                              # the ablation: same layers and steps, no distillation
     python train.py --table runs                           # all finished runs under a folder as Table 1
-    torchrun --nproc_per_node 4 train.py --ds crc          # the same numbers from four processes, a GPU each
+    torchrun --nproc_per_node 4 -- train.py --ds crc       # the same from four processes, each with a GPU of its own
 
 A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
 predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained.
@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,9 @@ def main(argv=None) -> dict:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and "
                                 "the same command with --resume goes on from it") from None
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ValueError(f"--compile: torch cannot compile the model here ({str(error).strip().splitlines()[0]}); run "
+                         "without it") from None
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
     model.backbone = backbone
@@ -933,8 +937,12 @@ def cli() -> None:
     """main() for people: bad input is one or two lines on stderr and exit code 2."""
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
+    else:  # a scheduler or torchrun that ends the run is told of --resume like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        if WORLD > 1:
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         sys.exit(fail(str(error), 2))
     except FloatingPointError as error:
@@ -944,11 +952,16 @@ def cli() -> None:
     except RuntimeError as error:
         if WORLD == 1:
             raise
-        sys.exit(fail(f"process {RANK} of {WORLD}: {str(error).splitlines()[0]}\nwhere another process ended first, "
-                      "the reason is its own; --resume goes on from the last validation", 1))
+        lost = "onnection" in str(error)  # in gloo's words: another process has ended
+        if lost and RANK:
+            sys.exit(1)
+        sys.exit(fail("another process of the run has ended; mend what it says and go on with --resume" if lost
+                      else f"process {RANK} of {WORLD}: {error}", 1))
 
 
 def fail(message: str, code: int) -> int:
+    if RANK and not dist.is_initialized():
+        time.sleep(10)  # they all have read the same: the first says it, and torchrun ends the others meanwhile
     print(f"train.py: {message}", file=sys.stderr)
     return code
 
