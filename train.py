@@ -151,13 +151,15 @@ def main(argv=None) -> dict:
                                 "the same command with --resume goes on from it") from None
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
-    save_classifier(model.to_classifier(classes), run / "classifier")
+    save_classifier(model.to_classifier(classes), run / "classifier")  # and again below, with what it was tested to do
     classifier = Classifier.from_pretrained(run / "classifier").to(device)
     test = predict(classifier, seen["test"], args)                                                    # (N, C)
     write_predictions(run / "predictions.csv", tiles["test"], test)
     name = ("LoRA with a plain head" if not model.fused else "CLIP-IT without text" if args.no_text else "CLIP-IT")
     rows = {row: p for row, p in heads.items() if row != "start"} | {name: test}
-    metrics = {"rows": {row: scores(p, labels["test"]) for row, p in rows.items()},
+    rows = {row: scores(p, labels["test"]) for row, p in rows.items()}
+    save_classifier(model.to_classifier(classes, model_facts(name, rows, len(test), args)), run / "classifier")
+    metrics = {"rows": rows,
                "complementarity": complementarity(heads["vision head"], heads["text head"], labels["test"], classes),
                "test_tiles": len(test), "classes": classes, "ds": args.ds, "model": args.model, "sd": args.sd,
                "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
@@ -568,6 +570,17 @@ def save_classifier(classifier: Classifier, folder: Path) -> None:
     classifier.save_pretrained(folder.with_name("classifier.tmp"))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(folder.with_name("classifier.tmp"), folder)
+
+
+def model_facts(name: str, rows: dict[str, dict], test_tiles: int, args) -> dict:
+    """What config.json and the model card tell of the run: see Classifier. Folders and files without their paths."""
+    row, text = DATASETS.get(args.ds, {}), name == "CLIP-IT"
+    shown = {of: {key: x for key, x in rows[of].items() if isinstance(x, float)} for of in ("vision head", name)}
+    return finite({
+        "data": row.get("title", Path(args.ds).resolve().name), "licence": row.get("licence", "not known here"),
+        "reports": Path(args.reports).name if text else None, "variant": name, "test_tiles": test_tiles,
+        "clip_model": re.sub("(?<=local-dir:).*/", "", args.clip_model.rstrip("/")) if text else None,
+        "metrics": shown[name], "unimodal": shown["vision head"]})
 
 
 def write_text(path: Path, text: str) -> None:
