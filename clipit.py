@@ -53,7 +53,7 @@ and lora.py of CLIP-IT beside you:
 
 - **Intended use**: research only. It is no medical device and must not guide the care of a patient.
 - **Backbone**: `{{ backbone_id }}`{% if repo %} (https://huggingface.co/{{ repo }}){% endif %}.
-  Licence of its weights: **{{ licence }}**; what is trained from them, such as this file, is bound by it.
+  Licence of its weights: **{{ licence }}**; read it before you share this file, which is made of them.
 {%- if run %}
 - **Data**: {{ run.data }}; licence: {{ run.licence }}.
 {%- if run.reports %}
@@ -62,7 +62,7 @@ and lora.py of CLIP-IT beside you:
 
 | {{ run.test_tiles }} test tiles, in % | frozen backbone, linear head (unimodal) | {{ run.variant }}, this classifier |
 |---|---|---|
-{%- for name, value in run.metrics.items() %}
+{%- for name, value in run.metrics | dictsort %}
 | {{ name | replace("_", " ") }} | {{ percent(run.unimodal[name]) }} | {{ percent(value) }} |
 {%- endfor %}
 {%- endif %}
