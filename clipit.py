@@ -435,5 +435,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        print(f"clipit.py: {error or 'stopped'}", file=sys.stderr)
+        print(f"clipit.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
