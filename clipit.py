@@ -6,7 +6,7 @@
 
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv             # class probabilities of files, no text
 
-Travels with lora.py (for training; a saved Classifier needs neither LoRA nor any text). The symbols of the paper:
+Travels with lora.py, with which to_classifier merges; a saved Classifier holds neither LoRA nor text. The symbols:
 v = backbone(image), t = text_tower(report of the tile), t-hat = h_d(v); logits = fusion([h_v(v), h_t(t-hat)]);
 loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat)).
 """
@@ -40,12 +40,12 @@ OTHERWISE = "--weights FILE, or take an open model: --model VITS_16"
 # What a saved Classifier says of itself; "see the backbone" where no licence of the weights is known.
 CARD = """---
 {{ card_data }}
+license_name: "{{ licence | replace(" ", "-") }}"
 ---
 
 # Tile classifier: {{ classes | join(", ") }}
 
-Needs the image alone: no text, tokenizer or text model is in it. LoRA is merged, all modules are plain. With clipit.py
-and lora.py of CLIP-IT beside you:
+Needs the image alone: no text, tokenizer or text model is in it. With clipit.py and lora.py of CLIP-IT beside you:
 
     from clipit import Classifier
     classifier = Classifier.from_pretrained("this folder, or its hub id")
@@ -63,7 +63,8 @@ and lora.py of CLIP-IT beside you:
 | {{ run.test_tiles }} test tiles, in % | frozen backbone, linear head (unimodal) | {{ run.variant }}, this classifier |
 |---|---|---|
 {%- for name, value in run.metrics | dictsort %}
-| {{ name | replace("_", " ") }} | {{ percent(run.unimodal[name]) }} | {{ percent(value) }} |
+| {{ name | replace("_", " ") }} |
+{%- for x in (run.unimodal[name], value) %} {{ "-" if x is none else "%.2f" | format(100 * x) }} |{% endfor %}
 {%- endfor %}
 {%- endif %}
 """
@@ -118,12 +119,10 @@ def load_backbone(name: str, weights=None) -> nn.Module:
     if weights not in (None, "none"):
         load_weights(backbone, weights)
     data = timm.data.resolve_model_data_config(backbone)
-    licence = (row or {}).get("licence")
-    if weights is None:  # a local file under a timm id can be anyone's
-        licence = licence or backbone.pretrained_cfg.get("license")
+    # a local file under a timm id can be anyone's; and what is published names a folder without the path to it
+    licence = row["licence"] if row else backbone.pretrained_cfg.get("license") if weights is None else None
     backbone.recipe = dict(architecture=architecture, model_args=kwargs, size=data["input_size"][-1],
                            mean=list(data["mean"]), std=list(data["std"]),
-                           # what is published names a folder without the path to it
                            backbone_id=f"local-dir:{Path(place).name}" if source == "local-dir" else name,
                            licence="random weights" if weights == "none" else licence or "see the backbone")
     if row:
@@ -325,11 +324,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin, model_card_template=CARD, license
     def generate_model_card(self, **kwargs):
         """The mixin's, called by save_pretrained and push_to_hub, with what this classifier knows."""
         repo = BACKBONES.get(self.about["backbone_id"], {}).get("repo")
-        card = super().generate_model_card(
-            classes=self.classes, repo=repo, percent=lambda share: "-" if share is None else f"{100 * share:.2f}",
-            **self.about | kwargs)
-        card.data.license_name = self.about["licence"].replace(" ", "-")
-        return card
+        return super().generate_model_card(classes=self.classes, repo=repo, **self.about | kwargs)
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_id, **kwargs) -> "Classifier":
@@ -407,14 +402,13 @@ def main(argv=None) -> int:
     loader = torch.utils.data.DataLoader(Files(paths, classifier.preprocess), args.batch, num_workers=args.worker,
                                          collate_fn=list)
     bad, part = 0, args.csv and f"{args.csv}.tmp"
-    with contextlib.ExitStack() as stack:
+    with (contextlib.ExitStack() as stack, torch.inference_mode(),
+          torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)):
         if part:
             stack.callback(Path(part).unlink, missing_ok=True)  # nothing is left of it, however this ends
         file = stack.enter_context(open(part, "w", newline="")) if part else sys.stdout
         writer = csv.writer(file)
         writer.writerow(["path", "pred", *classifier.classes])
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None))
         for batch in tqdm(loader, "tiles", disable=None if part else True):
             for path, _, error in batch:
                 if error is not None:
