@@ -6,13 +6,14 @@
 
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv             # class probabilities of files, no text
 
-Travels with lora.py (for training; a saved Classifier needs neither LoRA nor any text). The symbols of the paper:
+Travels with lora.py, with which to_classifier merges; a saved Classifier holds neither LoRA nor text. The symbols:
 v = backbone(image), t = text_tower(report of the tile), t-hat = h_d(v); logits = fusion([h_v(v), h_t(t-hat)]);
 loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat)).
 """
 import argparse
 import contextlib
 import csv
+import io
 import os
 import sys
 from pathlib import Path
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from lora import merge_lora
 
 
-BACKBONES = {  # the authors' names: hub repository, timm architecture and arguments, mean and std of the images
-    "UNI": dict(repo="MahmoodLab/UNI", architecture="vit_large_patch16_224", model_args={"init_values": 1e-5},
-                mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])} | {
-    name: dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", architecture=architecture,
-               model_args={}, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+BACKBONES = {  # the authors' names: hub repository, licence, timm architecture and arguments, mean and std of images
+    "UNI": dict(repo="MahmoodLab/UNI", licence="cc-by-nc-nd-4.0", architecture="vit_large_patch16_224",
+                model_args={"init_values": 1e-5}, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])} | {
+    name: dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", licence="kaiko-non-commercial",
+               architecture=architecture, model_args={}, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
     for name, published, architecture in (  # kaiko's
         ("DINOL14", "vit_large_patch14_reg4_224", "vit_large_patch14_reg4_dinov2"),  # native 518, resampled to 224
         ("VITS_8", "vit_small_patch8_224", "vit_small_patch8_224"),
@@ -37,6 +38,38 @@ BACKBONES = {  # the authors' names: hub repository, timm architecture and argum
         ("VITB_8", "vit_base_patch8_224", "vit_base_patch8_224"),
         ("VITB_16", "vit_base_patch16_224", "vit_base_patch16_224"))}
 OTHERWISE = "--weights FILE, or take an open model: --model VITS_16"
+# What a saved Classifier says of itself; "see the backbone" where no licence of the weights is known.
+CARD = """---
+{{ card_data }}
+license_name: "{{ licence | replace(" ", "-") }}"
+---
+
+# Tile classifier: {{ classes | join(", ") }}
+
+Needs the image alone: no text, tokenizer or text model is in it. With clipit.py and lora.py of CLIP-IT beside you:
+
+    from clipit import Classifier
+    classifier = Classifier.from_pretrained("this folder, or its hub id")
+    probabilities = classifier.predict([image])  # PIL images -> (B, {{ classes | length }})
+
+- **Intended use**: research only. It is no medical device and must not guide the care of a patient.
+- **Backbone**: `{{ backbone_id }}`{% if repo %} (https://huggingface.co/{{ repo }}){% endif %}.
+  Licence of its weights: **{{ licence }}**; read it before you share this file, which is made of them.
+{%- if run %}
+- **Data**: {{ run.data }}; licence: {{ run.licence }}.
+{%- if run.reports %}
+- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`; used in training alone. Terms of
+  a CLIP model can cover what is trained on its outputs; CONCH's do.
+{%- endif %}
+
+| {{ run.test_tiles }} test tiles, in % | frozen backbone, linear head (unimodal) | {{ run.variant }}, this classifier |
+|---|---|---|
+{%- for name, value in run.metrics | dictsort %}
+| {{ name | replace("_", " ") }} |
+{%- for x in (run.unimodal[name], value) %} {{ "-" if x is none else "%.2f" | format(100 * x) }} |{% endfor %}
+{%- endfor %}
+{%- endif %}
+"""
 
 
 def load_backbone(name: str, weights=None) -> nn.Module:
@@ -44,8 +77,8 @@ def load_backbone(name: str, weights=None) -> nn.Module:
 
     name: a key of BACKBONES, any timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for the published
     weights, a local .pth, .bin or .safetensors file, or "none" for random ones; with either, a key of BACKBONES or a
-    timm id needs nothing from the hub. backbone.recipe tells how to build it again and how its images are made:
-    architecture, model_args, size, mean, std.
+    timm id needs nothing from the hub. backbone.recipe tells how to build it again, how its images are made and what
+    to say of it: architecture, model_args, size, mean, std, backbone_id, licence.
     Raises ValueError or FileNotFoundError in words for the command line where the model cannot be had.
     """
     import timm
@@ -88,8 +121,12 @@ def load_backbone(name: str, weights=None) -> nn.Module:
     if weights not in (None, "none"):
         load_weights(backbone, weights)
     data = timm.data.resolve_model_data_config(backbone)
+    # a local file under a timm id can be anyone's; and what is published names a folder without the path to it
+    licence = row["licence"] if row else backbone.pretrained_cfg.get("license") if weights is None else None
     backbone.recipe = dict(architecture=architecture, model_args=kwargs, size=data["input_size"][-1],
-                           mean=list(data["mean"]), std=list(data["std"]))
+                           mean=list(data["mean"]), std=list(data["std"]),
+                           backbone_id=f"local-dir:{Path(place).name}" if source == "local-dir" else name,
+                           licence="random weights" if weights == "none" else licence or "see the backbone")
     if row:
         backbone.recipe |= dict(size=224, mean=row["mean"], std=row["std"])
     return backbone.eval()
@@ -220,7 +257,7 @@ class ClipIT(nn.Module):
         return self.fuse(self.backbone(images))[0]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) -> v (B, vision_dim), t-hat (B, text_dim), for other tools."""
+        """images (B, 3, H, W) -> v (B, vision_dim), t-hat (B, text_dim; None without fusion), for other tools."""
         v = self.backbone(images)
         return v, self.fuse(v)[1]
 
@@ -235,13 +272,13 @@ class ClipIT(nn.Module):
         t = self.text_tower(tokens)
         return logits, t_hat, t if report is None else t[report]
 
-    def to_classifier(self, classes: list[str] | None = None) -> "Classifier":
+    def to_classifier(self, classes: list[str] | None = None, run: dict | None = None) -> "Classifier":
         """The text-free classifier with LoRA merged; this model stays as it is. The backbone must come from
-        load_backbone, whose recipe the classifier is built from (ValueError otherwise)."""
+        load_backbone, whose recipe the classifier is built from (ValueError otherwise). run: see Classifier."""
         if not hasattr(self.backbone, "recipe"):
             raise ValueError("to_classifier: the backbone has no recipe; make it with load_backbone")
         classes = classes or [f"class_{i}" for i in range(self.vision_head.out_features)]
-        classifier = Classifier(**self.backbone.recipe, classes=classes, **self.sizes)
+        classifier = Classifier(**self.backbone.recipe, classes=classes, **self.sizes, run=run)
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -266,41 +303,68 @@ def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
     return ce + kd_weight * kd, {"ce": ce.detach(), "kd": kd.detach()}
 
 
-class Classifier(ClipIT, PyTorchModelHubMixin):
+class Classifier(ClipIT, PyTorchModelHubMixin, model_card_template=CARD, license="other",
+                 pipeline_tag="image-classification", tags=["histopathology"]):
     """A trained ClipIT without its text tower: plain modules, rebuilt from config.json with no download.
 
-    save_pretrained(dir) writes config.json and model.safetensors, from_pretrained(dir or hub id) reads them.
+    save_pretrained(dir) writes config.json, model.safetensors and the model card README.md, push_to_hub(id) uploads
+    them, from_pretrained(dir or hub id) reads them. run: what config.json and the card tell of the training: data,
+    licence, reports, clip_model, test_tiles, variant, and name -> share for metrics and unimodal (the baseline's).
     """
 
     def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float], std: list[float],
                  classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
-                 interpolation: str = "bilinear"):
+                 interpolation: str = "bilinear", backbone_id: str = "", licence: str = "see the backbone",
+                 run: dict | None = None):
         import timm
         backbone = timm.create_model(architecture, pretrained=False, **model_args)
-        super().__init__(backbone, None, len(classes), vision_dim,
-                         text_dim, kd_layers, fused)
+        super().__init__(backbone, None, len(classes), vision_dim, text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
+        self.about = dict(backbone_id=backbone_id or architecture, licence=licence, run=run)
         self.eval()
+
+    def generate_model_card(self, **kwargs):
+        """The mixin's, called by save_pretrained and push_to_hub, with what this classifier knows."""
+        repo = BACKBONES.get(self.about["backbone_id"], {}).get("repo")
+        return super().generate_model_card(classes=self.classes, repo=repo, **self.about | kwargs)
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_id, **kwargs) -> "Classifier":
         """The mixin's from_pretrained, strict: a file that does not hold every weight is refused."""
-        with contextlib.redirect_stdout(sys.stderr):  # the mixin prints, and standard output may be a .csv
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints, and standard output may be a .csv
             return super().from_pretrained(directory_or_hub_id, strict=True, **kwargs)
 
     @torch.inference_mode()
     def predict(self, images) -> Tensor:
         """PIL images -> probabilities (B, C) on the CPU."""
-        device = self.fusion.weight.device
         batch = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
-        return self(batch.to(device)).softmax(dim=1).cpu()
+        return self(batch.to(self.vision_head.weight.device)).softmax(dim=1).cpu()
 
 
 # ---- Command line: class probabilities of image files ---------------------------------------------------------------
 
+class Files(torch.utils.data.Dataset):
+    """Item i is (path, image (3, size, size), None), or (path, None, what is wrong) for a file that is no image."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        from PIL import Image
+        try:
+            with Image.open(self.paths[index]) as image:
+                image = image.convert("RGB")
+        except Exception as error:  # PIL raises of all kinds, each format its own
+            return self.paths[index], None, str(error) or type(error).__name__
+        return self.paths[index], self.transform(image), None
+
+
 def main(argv=None) -> int:
-    """Write path, pred and one probability a class for every image; the exit code: 0, or 1 where one was unreadable."""
-    from PIL import Image
+    """Write path, pred and one probability a class for every image; the exit code: 0, or 1 where one was unreadable.
+    A run that fails or is stopped leaves no file, and one of an earlier run as it was."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
     from tqdm import tqdm
 
@@ -313,9 +377,20 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="autocast to this type")
     args = parser.parse_args(argv)
+    for key, least in (("batch", 1), ("worker", 0)):
+        if getattr(args, key) < least:
+            raise ValueError(f"--{key} {getattr(args, key)}: expected {least} or more")
 
     inside = Path(args.model, "classifier")
-    classifier = Classifier.from_pretrained(inside if inside.is_dir() else args.model).to(args.device)
+    source = inside if inside.is_dir() else Path(args.model)
+    if not source.is_dir():  # a hub id; what the hub refuses comes in words
+        hub_file(f"no folder {args.model}", args.model, "config.json", otherwise="the folder of a finished run")
+    try:
+        classifier = Classifier.from_pretrained(source if source.is_dir() else args.model).to(args.device)
+    except Exception as error:  # no config.json, a broken one, other weights, no such device
+        raise ValueError(f"{args.model}: no classifier could be loaded to --device {args.device} "
+                         f"({' '.join(str(error).split())[:200]})\nexpected a folder with config.json and "
+                         "model.safetensors, which train.py writes as RUN/classifier/") from None
     paths = []
     for given in map(Path, args.images):
         if not given.exists():
@@ -325,24 +400,17 @@ def main(argv=None) -> int:
             raise ValueError(f"{given}: no image in it ({' '.join(IMG_EXTENSIONS)})")
         paths += found
 
-    class Files(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(paths)
-
-        def __getitem__(self, index):
-            try:
-                with Image.open(paths[index]) as image:
-                    return paths[index], classifier.preprocess(image.convert("RGB")), None
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                return paths[index], None, str(error)
-
-    loader = torch.utils.data.DataLoader(Files(), args.batch, num_workers=args.worker, collate_fn=list)
-    bad, part = 0, args.csv and f"{args.csv}.tmp"
-    file = open(part, "w", newline="") if part else sys.stdout
-    writer = csv.writer(file)
-    writer.writerow(["path", "pred", *classifier.classes])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    with torch.inference_mode(), torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None):
+    loader = torch.utils.data.DataLoader(Files(paths, classifier.preprocess), args.batch, num_workers=args.worker,
+                                         collate_fn=list)
+    bad, part = 0, args.csv and f"{args.csv}.tmp"
+    with (contextlib.ExitStack() as stack, torch.inference_mode(),
+          torch.autocast(torch.device(args.device).type, dtype, enabled=dtype is not None)):
+        if part:
+            stack.callback(Path(part).unlink, missing_ok=True)  # nothing is left of it, however this ends
+        file = stack.enter_context(open(part, "w", newline="")) if part else sys.stdout
+        writer = csv.writer(file)
+        writer.writerow(["path", "pred", *classifier.classes])
         for batch in tqdm(loader, "tiles", disable=None if part else True):
             for path, _, error in batch:
                 if error is not None:
@@ -353,15 +421,15 @@ def main(argv=None) -> int:
                 images = torch.stack([image for _, image in good]).to(args.device)
                 for (path, _), row in zip(good, classifier(images).float().softmax(dim=1).cpu()):
                     writer.writerow([path, classifier.classes[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
-    if part:
-        file.close()
-        os.replace(part, args.csv)
+        if part:
+            file.close()
+            os.replace(part, args.csv)
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"clipit.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"clipit.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)

@@ -1,12 +1,12 @@
 """Tiles with labels, their splits, and reports: everything that CLIP-IT reads from disk.
 
-    from data import download, load_tiles, load_reports
-    download("crc", "data")                     # 12.5 GB; without download and download_reports nothing goes online
-    train = load_tiles("crc", "train", "data")  # (PIL image, int) pairs; or a folder: my_tiles/train/CLASS/*.png
-    reports = load_reports("reports.txt")       # one report a line
+    from data import load_reports, load_tiles
+    train, val = load_tiles("my_tiles", "train"), load_tiles("my_tiles", "val")  # items: (PIL image, int label)
+    reports = load_reports("reports.txt")                                        # one report a line
 
-Travels alone. A data set is a row of DATASETS or a folder with train/ and test/ (val/ optional), each a folder of
-class folders. Tiles and reports meet only in pairing.py, and labels never reach it.
+Travels alone. A data set is a row of DATASETS or a folder with train/ and test/, each a folder of class folders
+(my_tiles/train/CLASS/*.png); val/ is optional, otherwise a fifth of train, stratified by class. Nothing goes online but
+download("crc", "data") and download_reports. Tiles and reports meet only in pairing.py, and labels never reach it.
 References: archives, layouts and BACH's ranges are those of kaiko-eva, the splits those of the authors' loaders.
 """
 import csv
@@ -43,7 +43,7 @@ TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "sm
 # tiles a class from training, anew for each seed.
 DATASETS = {
     "demo": dict(
-        root=HERE / "tests/demo",
+        root=HERE / "tests/demo", title="the demo's rendered tiles, which show no tissue", licence="MIT",
         reports=HERE / "tests/demo/reports.txt",
         clip_model=f"local-dir:{HERE}/tests/demo/clip",
         model=f"local-dir:{HERE}/tests/demo/backbone",

@@ -1,8 +1,8 @@
 """Low-rank adaptation (LoRA) of Linear, Conv2d and Embedding layers. Needs torch only and travels alone.
 
-    inject_lora(model, rank=16, alpha=8.0)           # after the base weights are loaded; then train as usual
-    torch.save(lora_state_dict(model), "lora.pt")    # the adapters only
-    plain = merge_lora(model)                        # no adapters left, the original state-dict keys
+    from lora import inject_lora, lora_state_dict, merge_lora
+    inject_lora(model, rank=16, alpha=8.0)  # after the base weights are loaded; then train; lora_state_dict(model)
+    plain = merge_lora(model)               # no adapters left, the original state-dict keys
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3 and sec. 4.1:
 

@@ -1,8 +1,8 @@
 """Pair tiles with reports they never came with: every tile gets the report of highest cosine under a CLIP model.
 
     from pairing import load_clip, embed_images, embed_texts, nearest_text
-    clip = load_clip("conch")                   # or "quilt", any open_clip id, "local-dir:folder"
-    index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))
+    clip = load_clip("conch")  # or "quilt", any open_clip id, "local-dir:folder"; not needed to pair two tensors:
+    index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))  # (N, dim), (M, dim)
 
 Travels alone. The pairing is psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j, both of
 length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve many tiles, another none.

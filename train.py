@@ -182,13 +182,16 @@ def main(argv=None) -> dict:
 
     # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
     model.backbone = backbone
-    written(run / "classifier", model.to_classifier(classes).save_pretrained)
+    written(run / "classifier", model.to_classifier(classes).save_pretrained)  # and again below, with its figures
     classifier = Classifier.from_pretrained(run / "classifier").to(device)
     test = outputs(classifier, seen["test"], normalise, args).softmax(dim=1)                          # (N, C)
     write_predictions(run / "predictions.csv", tiles["test"], test)
     name = ("LoRA with a plain head" if not model.fused else "CLIP-IT without text" if args.no_text else "CLIP-IT")
     rows = {row: p for row, p in heads.items() if row != "start"} | {name: test}
-    metrics = {"rows": {row: scores(p, labels["test"]) for row, p in rows.items()},
+    rows = {row: scores(p, labels["test"]) for row, p in rows.items()}
+    facts = model_facts(name, rows, len(test), args)
+    written(run / "classifier", model.to_classifier(classes, facts).save_pretrained)
+    metrics = {"rows": rows,
                "complementarity": complementarity(heads["vision head"], heads["text head"], labels["test"], classes),
                "test_tiles": len(test), "classes": classes, "ds": args.ds, "model": args.model, "sd": args.sd,
                "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
@@ -682,12 +685,24 @@ def written(path: Path, write) -> None:
     the first one writes, the others wait for it."""
     if RANK == 0:
         part = path.with_name(path.name + ".tmp")
-        for old in (part, path):  # a folder cannot be renamed over another
-            if old.is_dir():
-                shutil.rmtree(old)
+        if part.is_dir():
+            shutil.rmtree(part)
         write(part)
+        if path.is_dir():  # a folder cannot be renamed over another
+            shutil.rmtree(path)
         os.replace(part, path)
     wait_for_all()
+
+
+def model_facts(name: str, rows: dict[str, dict], test_tiles: int, args) -> dict:
+    """What config.json and the model card tell of the run: see Classifier. Folders and files without their paths."""
+    row, text = DATASETS.get(args.ds, {}), name == "CLIP-IT"
+    shown = {of: {key: x for key, x in rows[of].items() if isinstance(x, float)} for of in ("vision head", name)}
+    return finite({
+        "data": row.get("title", Path(args.ds).resolve().name), "licence": row.get("licence", "not known here"),
+        "reports": Path(args.reports).name if text else None, "variant": name, "test_tiles": test_tiles,
+        "clip_model": re.sub("(?<=local-dir:).*/", "", args.clip_model.rstrip("/")) if text else None,
+        "metrics": shown[name], "unimodal": shown["vision head"]})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -906,8 +921,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: torch finds no such device here ({str(error).splitlines()[0]}); "
-                         "give cpu, cuda or cuda:0") from None
+        raise ValueError(f"--device {args.device}: torch finds no such device here ({str(error).splitlines()[0]}); use "
+                         "--device cpu, or cuda:0 where there is one") from None
     args.device = torch.device(args.device)
     args.output = args.output or slug(Path(args.ds).resolve().name)
     # the run's name tells the flags that differ from the data set's defaults

@@ -490,7 +490,8 @@ def train_backbone(images, folder, epochs=BACKBONE_EPOCHS):
               "global_pool": "token", "model_args": BACKBONE_ARGS,
               "pretrained_cfg": {"input_size": size, "fixed_input_size": True, "interpolation": "bicubic",
                                  "crop_pct": 1.0, "crop_mode": "center", "mean": MEAN, "std": STD,
-                                 "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}}
+                                 "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
+                                 "license": "mit"}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return loss
 

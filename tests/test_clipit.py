@@ -143,6 +143,33 @@ def test_the_classifier_is_the_backbone_plus_four_small_layers(kd_layers, tmp_pa
     torch.testing.assert_close(Classifier.from_pretrained(tmp_path)(batch), model.eval()(batch), atol=1e-5, rtol=0)
 
 
+def test_a_config_of_the_weights_alone_is_enough(model, tmp_path):
+    classifier = model.to_classifier()
+    classifier.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["backbone_id"] == "local-dir:backbone" and config["licence"] == "mit" and config["run"] is None
+    for key in ("backbone_id", "licence", "run"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(Classifier.from_pretrained(tmp_path)(images()), classifier(images()))
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.filterwarnings("ignore:.*jit.trace", "ignore:Converting a tensor")
+def test_export_and_trace_give_the_same_logits_at_any_batch(model, size):
+    """Of the demo's backbone and of a ViT whose positions are resampled in each forward pass, as those of DINOL14."""
+    if size == 96:
+        backbone = load_backbone("test_vit", "none")  # native size 160
+        model = ClipIT(backbone, None, C, backbone.num_features, 16)
+    classifier, batch = model.to_classifier(), torch.randn(2, 3, size, size)
+    exported = torch.export.export(classifier, (batch,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    traced = torch.jit.trace(classifier, batch)
+    for n in (1, 5):
+        batch = torch.randn(n, 3, size, size)
+        for other in (exported.module(), traced):
+            torch.testing.assert_close(other(batch), classifier(batch), atol=1e-5, rtol=0)
+
+
 def test_a_file_that_lacks_a_weight_is_refused(model, tmp_path):
     from safetensors.torch import load_file, save_file
     model.to_classifier().save_pretrained(tmp_path)
