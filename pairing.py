@@ -4,7 +4,7 @@
     clip = load_clip("conch")                   # or "quilt", any open_clip id, "local-dir:folder"
     index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))
 
-    python pairing.py --ds crc --gallery pairs.html     # the pairs as a page to look at; this alone needs data.py
+    python pairing.py --ds crc --gallery pairs.html     # the pairs as a page to look at (needs data.py too)
 
 Travels alone. The pairing is psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j, both of
 length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve many tiles, another none.
@@ -462,8 +462,8 @@ th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; font-weig
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page) } thead { color: var(--soft) }
 .rows tr { border-bottom: 1px solid var(--rule) } .rows tbody tr:last-child { font-weight: 600 }
 .rows tbody th { white-space: normal; min-width: 8.5rem }
-.grid td, .grid thead th { text-align: center; vertical-align: bottom; padding: .15rem .2rem }
-.grid td { min-width: 2rem; height: 2rem; vertical-align: middle } .miss { background: rgb(var(--miss) / var(--p)) }
+.grid td, .grid th + th { text-align: center; padding: .15rem .2rem } .grid thead th { vertical-align: bottom }
+.grid td { min-width: 2rem; height: 2rem } .miss { background: rgb(var(--miss) / var(--p)) }
 .hit { background: rgb(var(--hit) / var(--p)) } .grid th { max-width: 9rem; overflow: hidden; text-overflow: ellipsis }
 .grid span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 11rem }
 ul { list-style: none; padding: 0; columns: 17rem; font-size: .875rem } li { break-inside: avoid }
@@ -509,9 +509,9 @@ def confusion_grid(counts: list[list[int]], classes: list[str], caption: str) ->
 def axes(x: tuple, y: tuple, x_name: str, y_name: str, marks: str, caption: str, right: float = 1) -> str:
     """A chart with ticks and names on both axes. x, y: (lowest, highest); marks: the SVG in it, with x in % of the
     plot's width and y in px of HEIGHT; right: rem kept free beside it."""
-    def ticks(low, high):  # about five round numbers, and where they lie in 0..1
-        step = 10 ** math.floor(math.log10((high - low) / 4))
-        step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 4 >= (high - low) * 0.999)
+    def ticks(low, high):  # at most seven round numbers, and where they lie in 0..1
+        step = 10 ** math.floor(math.log10((high - low) / 6))
+        step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 6 >= (high - low) * 0.999)
         return [(f"{i * step:.4g}", (i * step - low) / (high - low))
                 for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
 
@@ -619,16 +619,16 @@ def write_gallery(path, ds: str, clip_name: str, tiles, index: Tensor, similarit
            "most used report": f"{uses.max() / len(index):.1%} of the tiles"}
     some = "every class" if len(classes) == len(tiles.classes) else f"the first 120 of {len(tiles.classes)} classes"
     write_page(
-        path, f"Tiles and their reports: {ds}",
+        path, f"Tiles and their reports: {Path(ds).resolve().name}",
         "Every tile got the report that the CLIP model finds most similar to it; no label took part. This page shows "
         f"how similar the pairs are, which reports are used most, and examples of {some}.",
-        f'<p class="soft">CLIP model: {escape(clip_name)}</p><dl>',
+        f'<p class="soft">Data set: {escape(ds)}. CLIP model: {escape(clip_name)}.</p><dl>',
         *(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in key.items()), '</dl><div class="charts">',
         histogram(similarity, "cosine similarity of tile and report",
                   "Share of the tiles by their similarity to their report (1: same direction, 0: unrelated)."),
         bars([(f"{i}: {split_text(' '.join(reports[i].split()), 40)[0]}", uses[i].item() / len(index))
               for i in most_used], "Share of the tiles that got each of the most used reports (number, beginning)."),
-        f'</div><h2>Examples of {some}</h2><p class="soft">From the most similar tile of a class to the least similar, in '
+        f'</div><h2>Examples of {some}</h2><p class="soft">From the most similar tile of a class to the least, in '
         "equal steps. The figure is the cosine; open a report to read on. Reports are numbered from 0.</p>", *parts)
 
 
@@ -663,14 +663,14 @@ def main(argv=None) -> None:
     for wrong, message in (
             (args.reports is None, f"--ds {args.ds} needs --reports"),
             (args.limit is not None and not 0 < args.limit < 1, f"--limit {args.limit}: expected a share such as 0.1"),
-            (args.batch < 1 or args.worker < 0, "--batch: expected 1 or more; --worker: 0 or more"),
+            (args.batch < 1 or args.worker < 0, "expected --batch 1 or more and --worker 0 or more"),
             (args.device.startswith("cuda") and not torch.cuda.is_available(),
              f"--device {args.device}: torch finds no CUDA device here; use --device cpu"),
             (Path(args.gallery).is_dir() or not Path(args.gallery).absolute().parent.is_dir(),
              f"--gallery {args.gallery}: expected a file in a folder that is there")):
         if wrong:
             raise ValueError(message)
-    clip = load_clip(str(args.clip_model), args.clip_weights, args.clip_tokenizer, args.device)
+    clip = load_clip(args.clip_model, args.clip_weights, args.clip_tokenizer, args.device)
     if args.download:
         data.download(args.ds, args.data_dir)
         data.download_reports(args.reports, args.data_dir)

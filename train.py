@@ -650,17 +650,18 @@ def write_report(metrics: dict, run: Path) -> None:
     losses = {f"{split} {part}": (f"{colour} {dash}", curve(prefix + part)) for part, colour in parts.items()
               for split, dash, prefix in (("train", "dash", ""), ("val", "", "val_"))}
     flags = {key.replace("_", "-"): value for key, value in held["config"].items()
-             if key not in ("tiles", "reports_text") and value not in (None, False, [])}
+             if key not in ("tiles", "reports_text") and str(value) not in ("None", "False", "[]")}
     write_page(
         run / "report.html", f"Results of {run.parent.name}/{run.name}",
         f"This page shows one run on {metrics['ds']}: what the text-free model ({name}) reaches on "
-        f"{metrics['test_tiles']:,} test tiles beside the heads of steps 2 and 3, which classes it confuses, how it "
-        "was trained and with which flags.", '<p><a href="pairs.html">The pairs of tiles and reports</a></p>',
+        f"{metrics['test_tiles']:,} test tiles beside the vision head and the text head, which classes it confuses, "
+        "how it was trained and with which flags.", '<p><a href="pairs.html">The pairs of tiles and reports</a></p>',
         "<h2>Test</h2>", html_table(
             [["%", *COLUMNS.values()], *([row + NOTES.get(row, " (image only)"), *(figure(of[key]) for key in COLUMNS)]
                                          for row, of in rows.items())],
             f"The text head is right where the vision head is wrong on {gained['tiles']:,} tiles, "
-            f"{gained['share']:.1%} of all: what there is to gain from text."), '<h2>Confusion</h2><div class="charts">',
+            f"{gained['share']:.1%} of all: what there is to gain from text."),
+        f'<h2>Confusion</h2><div class="charts"{" style=grid-template-columns:100%" * (len(metrics["classes"]) > 12)}>',
         *(confusion_grid(rows[row]["confusion"], metrics["classes"], f"<b>{row}</b>: test tiles by true class (row) "
                          "and predicted class (column); shade: share of the row, blue where right, orange where wrong.")
           for row in (name, "vision head")), '</div><h2>Training</h2><div class="charts">',

@@ -163,7 +163,8 @@ def test_a_run_writes_both_pages_with_its_own_numbers(argv, capsys):
     for name, grid in (("CLIP-IT", grids[:3]), ("vision head", grids[3:])):
         assert [[int(n or 0) for n in row[1:4]] for row in grid] == metrics["rows"][name]["confusion"]
         assert [row[5] for row in grid] == [f"{recall:.1%}" for recall in metrics["rows"][name]["recall"]]
-    assert report.tags.count("polyline") == 7 and "--lora-r 16" in report.text and 'href="pairs.html"' in report.source
+    assert report.tags.count("polyline") == 7 and 'href="pairs.html"' in report.source
+    assert "--lora-r 16 " in report.text and "--sd 0 " in report.text  # a flag that is 0 is set
     assert f"step {metrics['best']['step']} of 6" in report.text
 
 
