@@ -4,20 +4,28 @@
     clip = load_clip("conch")  # or "quilt", any open_clip id, "local-dir:folder"; not needed to pair two tensors:
     index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))  # (N, dim), (M, dim)
 
+    python pairing.py --ds crc --gallery pairs.html     # the pairs as a page to look at (needs data.py too)
+
 Travels alone. The pairing is psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j, both of
 length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve many tiles, another none.
 
 CONCH: Lu et al. 2024, "A visual-language foundation model for computational pathology", Nature Medicine; a CoCa (Yu et
 al. 2022, arXiv 2205.01917) without its captioning parts here. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
 """
+import argparse
+import base64
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
+import sys
 import unicodedata
 import urllib.request
 from dataclasses import dataclass
+from html import escape
 from http.client import HTTPException
 from pathlib import Path
 from typing import Callable
@@ -269,6 +277,12 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
     return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}
 
 
+def slug(text: str) -> str:
+    """A file name made of the text; what is too long for one is cut and told apart by its hash."""
+    name = re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 # ---- CONCH ----------------------------------------------------------------------------------------------------------
 
 class ConchVision(nn.Module):
@@ -416,3 +430,277 @@ def conch_tokenizer_file() -> Path:
         raise ValueError(f"--clip-model conch: its tokenizer file could not be downloaded ({error})\n"
                          f"get {url} elsewhere and give --clip-tokenizer FILE, or take --clip-model quilt") from None
     return path
+
+
+# ---- Pages: the pairs, and a run's results, to look at --------------------------------------------------------------
+# Each is one HTML file: thumbnails inside, no script, no network. In the charts (inline SVG) x is in % and y in px, so
+# that a chart follows the width of the page while its text keeps its size.
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1b2025; --soft: #59636d; --rule: #dde0e3; --blue: #0072b2;
+  --orange: #c45500; --hit: 110 172 226; --miss: 242 158 92 }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --ink: #e9ebed; --soft: #a3acb5; --rule: #363d44;
+  --blue: #56b4e9; --orange: #f0a050; --hit: 30 98 160; --miss: 168 78 14 } }
+* { box-sizing: border-box } figure { margin: 0; min-width: 0 } a { color: var(--blue) } summary { cursor: pointer }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+h1, h2 { margin: 0 0 .5rem; font-weight: 600; font-size: 1.75rem; line-height: 1.25 }
+h2 { margin: 3rem 0 1rem; font-size: 1.2rem } h2 + .soft { margin-top: -.75rem }
+p, figcaption { max-width: 44rem; margin: 0 0 1rem } figcaption { margin: .5rem 0 0 }
+.soft, figcaption, dt { color: var(--soft); font-size: .875rem }
+dl { display: flex; flex-wrap: wrap; gap: .75rem 2.5rem; margin: 1.5rem 0 } dd { margin: 0; font-size: 1.35rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 2.5rem 3rem }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.5rem 2rem }
+.tile { display: grid; grid-template-columns: 7rem 1fr; gap: .9rem; line-height: 1.4 } .tile figcaption { margin: 0 }
+img { width: 7rem; height: 7rem; object-fit: cover; border-radius: 3px } details p { margin: .4rem 0 }
+b, details { color: var(--ink) } .tile b { font-size: 1rem }
+svg { display: block; width: 100%; overflow: visible; fill: var(--ink) } text { font-size: .8125rem }
+text.soft { fill: var(--soft); font-size: .8125rem } .rule { stroke: var(--rule) } .bar { fill: var(--blue) }
+rect { stroke: var(--page) } polyline, .legend line { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+.ink { stroke: var(--ink) } .blue { stroke: var(--blue) } .orange { stroke: var(--orange) }
+.dash { stroke-dasharray: 5 4 } .legend span { white-space: nowrap; margin-right: 1.25rem }
+.legend svg { display: inline-block; width: 1.75rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; overflow-wrap: normal }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; font-weight: inherit }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--page) } thead { color: var(--soft) }
+.rows tr { border-bottom: 1px solid var(--rule) } .rows tbody tr:last-child { font-weight: 600 }
+.rows tbody th { white-space: normal; min-width: 8.5rem }
+.grid td, .grid th + th { text-align: center; padding: .15rem .2rem } .grid thead th { vertical-align: bottom }
+.grid td { min-width: 2rem; height: 2rem } .miss { background: rgb(var(--miss) / var(--p)) }
+.hit { background: rgb(var(--hit) / var(--p)) } .grid th { max-width: 9rem; overflow: hidden; text-overflow: ellipsis }
+.grid span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 11rem }
+ul { list-style: none; padding: 0; columns: 17rem; font-size: .875rem } li { break-inside: avoid }
+"""
+HEIGHT = 200  # px of a chart
+
+
+def write_page(path, title: str, lead: str, *parts: str) -> None:
+    """A whole HTML document, under a temporary name first. title and lead are text, parts are HTML."""
+    head = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(title)}</title><style>{STYLE}</style></head>
+<body><h1>{escape(title)}</h1><p>{escape(lead)}</p>"""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_bytes("\n".join([head, *parts, "</body></html>\n"]).encode("utf-8", "replace"))
+    os.replace(temporary, path)
+
+
+def html_table(rows: list[list[str]], caption: str, kind: str = "rows") -> str:
+    """rows: the header first; cells are HTML, <td ...> where they bring their own tag. It scrolls in its own box."""
+    lines = ["".join(cell if cell.startswith("<td") else f"<th>{cell}</th>" if i * j == 0 else f"<td>{cell}</td>"
+                     for j, cell in enumerate(row)) for i, row in enumerate(rows)]
+    return (f'<figure><div class="scroll"><table class="{kind}"><thead><tr>{lines[0]}</tr></thead><tbody><tr>'
+            + "</tr><tr>".join(lines[1:]) + f"</tr></tbody></table></div><figcaption>{caption}</figcaption></figure>")
+
+
+def confusion_grid(counts: list[list[int]], classes: list[str], caption: str) -> str:
+    """counts (C, C): row = true class, column = predicted class, shaded by the share of the row."""
+    if len(classes) > 120:
+        return f"<p>{caption} Too many classes for a grid; metrics.json holds the counts.</p>"
+    names = [escape(name) for name in classes]
+    rows = [["true class", *(f"<span>{name}</span>" for name in names), "tiles", "recall"]]
+    for i, row in enumerate(counts):
+        total = sum(row)
+        # a faint shade at least, so that no error is overlooked
+        cells = (f'<td class="{"hit" if i == j else "miss"}" style="--p:{0.1 + 0.9 * n / total:.2f}">{n}</td>'
+                 if n else "" for j, n in enumerate(row))
+        rows.append([names[i], *cells, str(total), f"{row[i] / total:.1%}" if total else "–"])
+    return html_table(rows, caption, "grid")
+
+
+def axes(x: tuple, y: tuple, x_name: str, y_name: str, marks: str, caption: str, right: float = 1) -> str:
+    """A chart with ticks and names on both axes. x, y: (lowest, highest); marks: the SVG in it, with x in % of the
+    plot's width and y in px of HEIGHT; right: rem kept free beside it."""
+    def ticks(low, high):  # at most seven round numbers, and where they lie in 0..1
+        step = 10 ** math.floor(math.log10((high - low) / 6))
+        step *= next(factor for factor in (1, 2, 5, 10) if factor * step * 6 >= (high - low) * 0.999)
+        return [(f"{i * step:.4g}", (i * step - low) / (high - low))
+                for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+    grid = "".join(f'<line class="rule" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/><text class="soft" text-anchor="end" '
+                   f'x="-8" y="{at + 4:.1f}">{tick}</text>'
+                   for tick, share in ticks(*y) for at in [HEIGHT * (1 - share)])
+    grid += "".join(f'<text class="soft" text-anchor="middle" x="{100 * share:.2f}%" y="{HEIGHT + 20}">{tick}</text>'
+                    for tick, share in ticks(*x))
+    return (f'<figure><div style="padding:1.75rem {right}rem 3rem 2.5rem"><svg role="img" height="{HEIGHT}" '
+            f'aria-label="{y_name} by {x_name}">{grid}{marks}<text class="soft" x="-36" y="-12">{y_name}</text>'
+            f'<text class="soft" text-anchor="middle" x="50%" y="{HEIGHT + 42}">{x_name}</text></svg></div>'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def histogram(values: Tensor, x_name: str, caption: str, bins: int = 30) -> str:
+    """The share of the values (N,) in equal bins from the lowest to the highest."""
+    low, high = values.min().item(), max(values.max().item(), values.min().item() + 1e-3)
+    counts = torch.histc(values.float(), bins, low, high).long().tolist()
+    top, width = max(counts) * 1.05, 100 / bins
+    marks = "".join(f'<rect class="bar" x="{i * width:.2f}%" y="{HEIGHT - px:.1f}" width="{width:.2f}%" '
+                    f'height="{px:.1f}"><title>{n} tiles</title></rect>'
+                    for i, n in enumerate(counts) if n for px in [HEIGHT * n / top])
+    return axes((low, high), (0, 100 * top / len(values)), x_name, "% of tiles", marks, caption)
+
+
+def bars(rows: list[tuple[str, float]], caption: str) -> str:
+    """Horizontal bars of (label, share), each below its label."""
+    marks = "".join(f'<text y="{y}">{escape(label)}</text><text class="soft" x="{width:.2f}%" dx="6" y="{y + 14}">'
+                    f'{share:.1%}</text><rect class="bar" y="{y + 5}" width="{width:.2f}%" height="9"/>'
+                    for y, (label, share) in zip(range(12, 999, 36), rows) for width in [85 * share / rows[0][1]])
+    return (f'<figure><svg role="img" aria-label="{caption}" height="{36 * len(rows)}" style="overflow:hidden">{marks}'
+            f"</svg><figcaption>{caption}</figcaption></figure>")
+
+
+def curves(series: dict[str, tuple[str, list]], x_name: str, y_name: str, caption: str, low=None) -> str:
+    """Lines with a legend and a name at each end. series: name -> (classes of STYLE, [(x, y), ...]); low: the y axis
+    begins there; unset, near the lowest value."""
+    xs, ys = zip(*(point for _, line in series.values() for point in line))
+    pad = (max(ys) - min(ys) or 1) * 0.05
+    right, bottom, top = max(xs), min(ys) - pad if low is None else low, max(ys) + pad
+    scaled = {name: [(100 * x / right, HEIGHT * (top - y) / (top - bottom)) for x, y in line]
+              for name, (_, line) in series.items()}
+    order, places = sorted(scaled, key=lambda name: scaled[name][-1][1]), []
+    for name in order:  # names that would lie on one another are moved apart, down first and then up
+        places.append(max([scaled[name][-1][1], *(place + 15 for place in places[-1:])]))
+    places = [min(place, HEIGHT - 15 * i) for i, place in zip(range(len(places))[::-1], places)]
+    marks = legend = ""
+    for name, place in zip(order, places):
+        kind, points, (x, y) = series[name][0], " ".join(f"{x:.2f},{y:.1f}" for x, y in scaled[name]), scaled[name][-1]
+        marks += (f'<svg viewBox="0 0 100 {HEIGHT}" height="{HEIGHT}" preserveAspectRatio="none">'
+                  f'<polyline class="{kind}" points="{points}"/></svg><circle cx="{x:.2f}%" cy="{y:.1f}" r="2"/>'
+                  f'<text x="100%" dx="8" y="{place + 4:.1f}">{name}</text>')
+    for name, (kind, _) in series.items():
+        legend += f'<span><svg height="10"><line class="{kind}" x2="100%" y1="6" y2="6"/></svg> {name}</span>'
+    caption = f'<div class="legend">{legend}</div>{caption}' if len(series) > 1 else caption
+    return axes((0, right), (bottom, top), x_name, y_name, marks, caption, 6.5)
+
+
+def thumbnail(image, most: int) -> str:
+    """A PIL image as <img> with at most so many characters of JPEG."""
+    image = image.convert("RGB")
+    for side in (176, 144, 112, 80, 56, 40):
+        image.thumbnail((side, side))
+        image.save(file := io.BytesIO(), "JPEG", quality=80)
+        if 4 / 3 * file.tell() + 4 <= most:
+            break
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def split_text(text: str, most: int) -> tuple[str, str]:
+    """(the first words of a text, at most so many characters; the rest)"""
+    cut = len(text) if len(text) <= most else len(text[:most].rsplit(" ", 1)[0]) or most
+    return text[:cut] + " …" * (cut < len(text)), text[cut:]
+
+
+def write_gallery(path, ds: str, clip_name: str, tiles, index: Tensor, similarity: Tensor, reports: list[str]) -> None:
+    """The pairs as a page of less than 3 MB: key figures, two charts, and tiles of every class.
+
+    tiles: item i is (PIL image, label), with .paths, .labels and .classes; index, similarity (N,): of nearest_text.
+    Labels group the tiles on the page; the pairing has not seen them.
+    """
+    uses = index.bincount(minlength=len(reports))                                # (M,)
+    most_used = uses.argsort(descending=True, stable=True)[:min(8, index.unique().numel())].tolist()
+    classes, labels, parts = tiles.classes[:120], torch.tensor(tiles.labels), []
+    a_class = 12 if len(classes) <= 4 else min(6, 240 // len(classes))
+    for label, name in enumerate(classes):
+        members = (labels == label).nonzero()[:, 0]
+        members = members[similarity[members].argsort(descending=True, stable=True)]
+        shown = members[torch.linspace(0, len(members) - 1, min(a_class, len(members))).round().long()].tolist()
+        parts.append(f'<h2>{escape(name)}</h2><p class="soft">{len(shown)} of {len(members):,} tiles</p>'
+                     '<div class="tiles">')
+        for i in shown:
+            report = int(index[i])
+            shared = f"shared by {uses[report]:,} tiles" if uses[report] > 1 else "of this tile alone"
+            first, rest = split_text(" ".join(reports[report].split()), 110)
+            parts.append(
+                f'<figure class="tile">{thumbnail(tiles[i][0], 1_700_000 // (a_class * len(classes)))}<figcaption>'
+                f"<b>{similarity[i]:.3f}</b> · report {shared}"
+                f"<details><summary>{escape(first)}</summary><p>{escape(split_text(rest, 500)[0])}</p>"
+                f'<p class="soft">report {report}, tile {escape(str(tiles.paths[i])[-150:])}</p></details></figcaption>'
+                "</figure>")
+        parts.append("</div>")
+    key = {"tiles": f"{len(index):,}", "mean similarity": f"{similarity.mean():.3f}",
+           "reports in use": f"{int((uses > 0).sum()):,} of {len(reports):,}",
+           "most used report": f"{uses.max() / len(index):.1%} of the tiles"}
+    some = "every class" if len(classes) == len(tiles.classes) else f"the first 120 of {len(tiles.classes)} classes"
+    write_page(
+        path, f"Tiles and their reports: {Path(ds).resolve().name}",
+        "Every tile got the report that the CLIP model finds most similar to it; no label took part. This page shows "
+        f"how similar the pairs are, which reports are used most, and examples of {some}.",
+        f'<p class="soft">Data set: {escape(ds)}. CLIP model: {escape(clip_name)}.</p><dl>',
+        *(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in key.items()), '</dl><div class="charts">',
+        histogram(similarity, "cosine similarity of tile and report",
+                  "Share of the tiles by their similarity to their report (1: same direction, 0: unrelated)."),
+        bars([(f"{i}: {split_text(' '.join(reports[i].split()), 40)[0]}", uses[i].item() / len(index))
+              for i in most_used], "Share of the tiles that got each of the most used reports (number, beginning)."),
+        f'</div><h2>Examples of {some}</h2><p class="soft">From the most similar tile of a class to the least, in '
+        "equal steps. The figure is the cosine; open a report to read on. Reports are numbered from 0.</p>", *parts)
+
+
+# ---- Command line: pair, and write the page -------------------------------------------------------------------------
+
+def main(argv=None) -> None:
+    """Embed, pair and write the gallery. Raises ValueError and OSError for bad input."""
+    import data  # here, so that all else in this file works without data.py
+
+    parser = argparse.ArgumentParser("pairing.py", description="Pair tiles with reports; write the pairs as a page.")
+    for flag, default, text in (
+            ("ds", "demo", f"{', '.join(data.DATASETS)}, or a folder with train/ and test/ of class folders"),
+            ("reports", None, f".txt, .csv, .jsonl, a folder of .txt, or {', '.join(data.REPORTS)}"),
+            ("gallery", "pairs.html", "the page to write"), ("data-dir", "data", "where downloaded data sets lie"),
+            ("clip-model", None, f"{', '.join(CLIPS)} or an open_clip id; unset, conch"),
+            ("clip-weights", None, "local weights of the pairing model, or `none` for random ones"),
+            ("clip-tokenizer", None, "local tokenizer file of conch"),
+            ("dir", "runs", "features are kept in DIR/cache, where train.py looks for them too"),
+            ("limit", None, "use this share of every split, for a quick look"), ("batch", 64, "tiles a step"),
+            ("worker", None, "processes that decode tiles"),
+            ("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...")):
+        parser.add_argument(f"--{flag}", default=default, help=text + (f" [{default}]" if default else ""),
+                            type={"limit": float, "batch": int, "worker": int}.get(flag, str))
+    parser.add_argument("--download", action="store_true", help="fetch the data set and reports that are not there yet")
+    args = parser.parse_args(argv)
+    row = {"clip_model": "conch", "worker": min(os.cpu_count() or 1, 8)} | data.DATASETS.get(args.ds, {})
+    for key in ("reports", "clip_model", "worker"):
+        if getattr(args, key) is None:
+            setattr(args, key, row.get(key))
+    if not args.download:
+        data.dataset_folder(args.ds, args.data_dir)
+    for wrong, message in (
+            (args.reports is None, f"--ds {args.ds} needs --reports"),
+            (args.limit is not None and not 0 < args.limit < 1, f"--limit {args.limit}: expected a share such as 0.1"),
+            (args.batch < 1 or args.worker < 0, "expected --batch 1 or more and --worker 0 or more"),
+            (args.device.startswith("cuda") and not torch.cuda.is_available(),
+             f"--device {args.device}: torch finds no CUDA device here; use --device cpu"),
+            (Path(args.gallery).is_dir() or not Path(args.gallery).absolute().parent.is_dir(),
+             f"--gallery {args.gallery}: expected a file in a folder that is there")):
+        if wrong:
+            raise ValueError(message)
+    clip = load_clip(args.clip_model, args.clip_weights, args.clip_tokenizer, args.device)
+    if args.download:
+        data.download(args.ds, args.data_dir)
+        data.download_reports(args.reports, args.data_dir)
+    reports = data.load_reports(args.reports, args.data_dir)
+    cache, paths, labels, tile_emb = Path(args.dir, "cache", slug(f"{args.ds} {args.clip_model}")), [], [], []
+    text_emb, _ = cached(cache / f"reports-{slug(Path(args.reports).stem)}.pt", cache_key(clip, texts=reports),
+                         lambda: embed_texts(clip, reports))                                          # (M, dim)
+    for split in ("train", "val", "test"):
+        tiles = data.load_tiles(args.ds, split, args.data_dir, clip.preprocess)
+        if args.limit:
+            tiles = tiles.take(data.stratified_split(tiles.labels, args.limit, 0)[1])
+        for bad in data.find_bad_tiles(tiles, args.worker).values():
+            raise ValueError(f"{bad}; mend it or remove it")
+        name = f"{split}-limit{args.limit}-sd0.pt" if args.limit else f"{split}.pt"  # train.py's names
+        tile_emb.append(cached(cache / name, cache_key(clip, paths=tiles.paths),
+                               lambda: embed_images(clip, tiles, args.batch, args.worker))[0])        # (N, dim)
+        paths, labels = paths + tiles.paths, labels + tiles.labels
+    index, similarity = nearest_text(torch.cat(tile_emb), text_emb)
+    write_gallery(args.gallery, args.ds, args.clip_model, data.Tiles(paths, labels, tiles.classes), index, similarity,
+                  reports)
+    print(f"{len(index)} tiles paired with {len(index.unique())} of {len(reports)} reports, mean similarity "
+          f"{similarity.mean():.3f}: {args.gallery}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"pairing.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node 4 -- train.py --ds crc       # the same from four processes, each with a GPU of its own
 
 A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
-predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained.
+predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained; to look at in a browser,
+pairs.html (tiles beside their reports) and report.html (results, confusion, loss curves, flags).
 """
 import argparse
 import csv
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +39,8 @@ from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, te
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
                   load_reports, load_tiles, stratified_split)
 from lora import TARGETS, inject_lora
-from pairing import CLIPS, cache_key, cached, embed_images, embed_texts, load_clip, nearest_text
+from pairing import (CLIPS, cache_key, cached, confusion_grid, curves, embed_images, embed_texts, html_table, load_clip,
+                     nearest_text, slug, write_gallery, write_page)
 
 SPLITS = ("train", "val", "test")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, of each process
@@ -105,6 +108,9 @@ def main(argv=None) -> dict:
         print(f"{split} tile features for pairing: {how}")
         pairs[split], similarity[split] = nearest_text(tile_emb[split], text_emb)                     # (N,), (N,)
     write_pairs(run / "pairs.csv", tiles, pairs, similarity)
+    every = Tiles(*(sum((getattr(tiles[split], of) for split in SPLITS), []) for of in ("paths", "labels")), classes)
+    write_gallery(run / "pairs.html", args.ds, args.clip_model, every, torch.cat(list(pairs.values())),
+                  torch.cat(list(similarity.values())), reports)
     uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
           f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity "
@@ -197,6 +203,8 @@ def main(argv=None) -> dict:
                "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
                         if key != "model"}}
     write_text(run / "metrics.json", json.dumps(finite(metrics), indent=1))
+    if RANK == 0:
+        write_report(metrics, run)
     print_rows(metrics, run)
     return metrics
 
@@ -641,7 +649,8 @@ def open_run(args, tiles, reports) -> Path:
             print(f"--resume: there is nothing in {run} yet; starting from the beginning")
         if not args.resume and RANK == 0:  # the same again: its old results go first, so that none can be mistaken
             shutil.rmtree(run / "classifier", ignore_errors=True)
-            for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv"):
+            for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv",
+                         "pairs.html", "report.html"):
                 (run / name).unlink(missing_ok=True)
         places = {key: value for key, value in vars(args).items() if key in PLACES}
         held = {"config": config, "places": places} | versions()
@@ -743,21 +752,59 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)", "CLIP zero-shot": "",
+         "CLIP linear probe": ""}
+COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
+           "macro_auroc": "macro AUROC"}
+
+
 def print_rows(metrics: dict, run: Path) -> None:
-    notes = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)", "CLIP zero-shot": "",
-             "CLIP linear probe": ""}
-    columns = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
-               "macro_auroc": "macro AUROC"}
-    print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in columns.values()))
+    print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in COLUMNS.values()))
     for row, values in metrics["rows"].items():
-        print((row + notes.get(row, " (image only)")).ljust(41)
-              + "".join(f"{100 * values[key]:12.2f}" for key in columns))
+        print((row + NOTES.get(row, " (image only)")).ljust(41)
+              + "".join(f"{100 * values[key]:12.2f}" for key in COLUMNS))
     gained = metrics["complementarity"]
     print(f"complementarity: the text head is right where the vision head is wrong on {gained['tiles']} tiles, "
           f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors\n"
           "  by class: " + ", ".join(f"{name} {of['tiles']} ({of['share']:.0%})"
                                      for name, of in gained["per_class"].items()))
     print(f"the run lies in {run}")
+
+
+def write_report(metrics: dict, run: Path) -> None:
+    """report.html: the table, the confusion counts, the curves and the flags, beside pairs.html in the run's folder."""
+    rows, gained, held = metrics["rows"], metrics["complementarity"], json.loads((run / "args.json").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    name, figure = list(rows)[-1], lambda x: f"{100 * x:.2f}" if math.isfinite(x) else "–"
+
+    def curve(key, scale=1):
+        return [(line["epoch"], scale * line[key]) for line in log if line.get(key) is not None]
+    parts = {"loss": "ink", "ce": "blue", "kd": "orange"} if "kd" in log[-1] else {"loss": "ink"}  # no text: CE alone
+    losses = {f"{split} {part}": (f"{colour} {dash}", curve(prefix + part)) for part, colour in parts.items()
+              for split, dash, prefix in (("train", "dash", ""), ("val", "", "val_"))}
+    flags = {key.replace("_", "-"): value for key, value in held["config"].items()
+             if key not in ("tiles", "reports_text") and str(value) not in ("None", "False", "[]")}
+    write_page(
+        run / "report.html", f"Results of {run.parent.name}/{run.name}",
+        f"This page shows one run on {metrics['ds']}: what the text-free model ({name}) reaches on "
+        f"{metrics['test_tiles']:,} test tiles beside the vision head and the text head, which classes it confuses, "
+        "how it was trained and with which flags.", '<p><a href="pairs.html">The pairs of tiles and reports</a></p>',
+        "<h2>Test</h2>", html_table(
+            [["%", *COLUMNS.values()], *([row + NOTES.get(row, " (image only)"), *(figure(of[key]) for key in COLUMNS)]
+                                         for row, of in rows.items())],
+            f"The text head is right where the vision head is wrong on {gained['tiles']:,} tiles, "
+            f"{gained['share']:.1%} of all: what there is to gain from text."),
+        f'<h2>Confusion</h2><div class="charts"{" style=grid-template-columns:100%" * (len(metrics["classes"]) > 12)}>',
+        *(confusion_grid(rows[row]["confusion"], metrics["classes"], f"<b>{row}</b>: test tiles by true class (row) "
+                         "and predicted class (column); shade: share of the row, blue where right, orange where wrong.")
+          for row in (name, "vision head")), '</div><h2>Training</h2><div class="charts">',
+        curves(losses, "epoch", "loss", "Loss in training (dashed, mean since the last validation) and on the "
+               "validation tiles (solid)" + ": loss = ce + lambda · kd." * ("kd" in parts), 0),
+        curves({"val": ("blue", curve("val_bacc", 100))}, "epoch", "balanced accuracy, %", "Balanced accuracy on the "
+               f"validation tiles. The state of step {metrics['best']['step']} of {log[-1]['step']} was kept."),
+        f'</div><h2>Flags</h2><p class="soft">On {escape(held["places"]["device"])}; '
+        + ", ".join(f"{package} {number}" for package, number in held["versions"].items()) + ". What is not listed is "
+        "unset.</p><ul>", *(f"<li>--{key} {escape(str(value))}</li>" for key, value in flags.items()), "</ul>")
 
 
 # ---- Table 1 of the paper, from finished runs -----------------------------------------------------------------------
@@ -932,12 +979,6 @@ def parse_args(argv=None) -> argparse.Namespace:
               if key not in (*PLACES, "ds", "skip_bad") and value != getattr(unset, key)]
     args.run = args.run or slug("_".join(differ)) or "base"
     return args
-
-
-def slug(text: str) -> str:
-    """A file name made of the text; what is too long for one is cut and told apart by its hash."""
-    name = re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def subset_name(args) -> str:

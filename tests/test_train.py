@@ -31,7 +31,7 @@ def test_a_run_leaves_every_file_and_prints_the_table(argv, capsys):
     metrics = train.main(argv)
     printed, run = capsys.readouterr().out, run_folder(argv)
     assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "pairs.csv", "heads.pt", "last.pt", "metrics.json",
-                                               "predictions.csv", "classifier"}
+                                               "predictions.csv", "classifier", "pairs.html", "report.html"}
     assert list(metrics["rows"]) == ["vision head", "text head", "CLIP-IT"]
     assert json.loads((run / "metrics.json").read_text()) == metrics
     for row in ("vision head (frozen backbone, unimodal)", "text head (paired reports)", "CLIP-IT (image only)"):
