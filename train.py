@@ -108,9 +108,10 @@ def main(argv=None) -> dict:
         print(f"{split} tile features for pairing: {how}")
         pairs[split], similarity[split] = nearest_text(tile_emb[split], text_emb)                     # (N,), (N,)
     write_pairs(run / "pairs.csv", tiles, pairs, similarity)
-    every = Tiles(*(sum((getattr(tiles[split], of) for split in SPLITS), []) for of in ("paths", "labels")), classes)
-    write_gallery(run / "pairs.html", args.ds, args.clip_model, every, torch.cat(list(pairs.values())),
-                  torch.cat(list(similarity.values())), reports)
+    if RANK == 0:
+        every = [sum((getattr(tiles[split], of) for split in SPLITS), []) for of in ("paths", "labels")]
+        write_gallery(run / "pairs.html", args.ds, args.clip_model, Tiles(*every, classes),
+                      torch.cat(list(pairs.values())), torch.cat(list(similarity.values())), reports)
     uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
           f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity "
@@ -1004,7 +1005,7 @@ def cli() -> None:
     except FloatingPointError as error:
         sys.exit(fail(str(error), 1))
     except KeyboardInterrupt as stop:
-        sys.exit(fail(str(stop) or "stopped", 2))
+        sys.exit(fail(str(stop) or "stopped; the same command with --resume goes on with the run", 2))
     except RuntimeError as error:
         if WORLD == 1:
             raise
