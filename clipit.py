@@ -92,7 +92,23 @@ def load_backbone(name: str, weights=None) -> nn.Module:
                            mean=list(data["mean"]), std=list(data["std"]))
     if row:
         backbone.recipe |= dict(size=224, mean=row["mean"], std=row["std"])
-    return backbone.eval()
+    return pool_early(backbone).eval()
+
+
+class PooledBlock(nn.Module):
+    """The last block of timm's ViT where only the class token is read: x (B, L, D) -> (B, 1, D)."""
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        x = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs)[:, :1]))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def pool_early(backbone: nn.Module) -> nn.Module:
+    """The same timm model; of a ViT with a class token, the last block leaves out the MLP of all other tokens."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+    if type(backbone) is VisionTransformer and backbone.global_pool == "token" and type(backbone.blocks[-1]) is Block:
+        backbone.blocks[-1].__class__ = PooledBlock  # parameters and their names stay
+    return backbone
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -276,7 +292,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
                  classes: list[str], vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
                  interpolation: str = "bilinear"):
         import timm
-        backbone = timm.create_model(architecture, pretrained=False, **model_args)
+        backbone = pool_early(timm.create_model(architecture, pretrained=False, **model_args))
         super().__init__(backbone, None, len(classes), vision_dim,
                          text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)

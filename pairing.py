@@ -25,6 +25,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CLIPS = {  # short names of --clip-model: hub id, open_clip's name of the architecture; other names go to open_clip
@@ -89,7 +90,7 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
                              f"({' '.join(str(error).split())[:300]})") from None
     model.eval().requires_grad_(False).to(device)
     model.text.output_tokens = False  # of CoCa models: the pooled feature alone
-    return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize)
+    return Clip(name, model.text.output_dim, model.visual, tight(model.text), preprocess, tokenize)
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -178,6 +179,86 @@ def build_open_clip(name: str, weights=None):
         path = hub_file(flag, repo, *files, otherwise=OTHERWISE) if repo else open_clip.download_pretrained(of_tag)
     return model, preprocess, tokenize, path
 
+
+# ---- Text towers ----------------------------------------------------------------------------------------------------
+
+def tight(tower: nn.Module) -> nn.Module:
+    """The same text tower with TextTower's forward where it is open_clip's plain transformer, else as it is."""
+    from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+    if type(tower) is TextTransformer and tower.pool_type != "none" and not tower.use_pad_mask and all(
+            type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
+        tower.__class__ = TextTower  # parameters, their names and buffers stay: only the methods below change
+    return tower
+
+
+class TextTower(nn.Module):
+    """open_clip's TextTransformer, computed with less: tokens (B, L) -> (B, dim), not normalised.
+
+    Equal to the original but for rounding, gradients too. Columns that no pooled position looks at are cut off, the
+    last block computes the pooled position alone, and blocks call their layers instead of nn.MultiheadAttention, which
+    transposes what every layer then copies and reads out_proj.weight, a sum that LoRA would have to build.
+    tokens may lie on the CPU whatever the tower's device: their lengths are then read without waiting for a GPU.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        position, mask = self.positional_embedding, None
+        if self.cls_emb is None:
+            if self.pool_type in ("first", "last"):
+                pooled = torch.full_like(tokens[:, 0], 0 if self.pool_type == "first" else tokens.shape[1] - 1)
+            else:
+                pooled = (tokens if self.pool_type == "argmax" else (tokens == self.eos_id).int()).argmax(dim=1)
+            if self.attn_mask is not None:  # causal: what comes after the last pooled position is never looked at
+                tokens = tokens[:, :int(pooled.max()) + 1]
+            x = self.token_embedding(tokens.to(position.device)) + position[:tokens.shape[1]]   # (B, L, width)
+        else:  # CoCa, CONCH: a cls embedding at the end, and no position sees a pad
+            last = min(tokens.shape[1], len(position) - 1)
+            shown = tokens[:, :last] != self.pad_id
+            used = min(int((shown * torch.arange(1, last + 1, device=tokens.device)).max()) + 1, last)  # one pad stays
+            tokens, shown = tokens[:, :used].to(position.device), shown[:, :used].to(position.device)
+            pooled = torch.full_like(tokens[:, 0], used)
+            x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
+            x = x + torch.cat([position[:used], position[last:last + 1]])                       # (B, used + 1, width)
+            # The mask of the keys is off by one: key j is seen where token j - 1 is no pad, so the cls sees the first
+            # pad and not itself. The published weights were trained with this (open_clip's legacy mask).
+            ends = torch.ones_like(shown[:, :1])
+            mask = torch.cat([shown, ends] if self.correct_cls_mask else [ends, shown], dim=1)[:, None, None]
+        if self.attn_mask is not None:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            mask = causal[None, None] if mask is None else mask & causal                        # (1 or B, 1, L, L)
+        blocks, pooled = self.transformer.resblocks, pooled.to(x.device)
+        for block in blocks[:-1]:
+            if self.transformer.grad_checkpointing:
+                x = checkpoint(attention_block, block, x, mask, use_reentrant=False)
+            else:
+                x = attention_block(block, x, mask)
+        x = self.ln_final(attention_block(blocks[-1], x, mask, pooled))
+        projection = self.text_projection
+        return x if projection is None else projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
+
+
+def attention_block(block: nn.Module, x: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
+    """open_clip's ResidualAttentionBlock: x (B, L, D), mask True where a key is seen -> (B, L, D).
+    With `at` (B,) the block's output at that position of each row alone, (B, D)."""
+    attn, y, split = block.attn, block.ln_1(x), x.shape[-1]
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if at is None:
+        q, k, v = F.linear(y, weight, bias).chunk(3, dim=-1)
+    else:
+        rows = torch.arange(len(x), device=x.device)
+        mask = None if mask is None else mask.expand(len(x), 1, x.shape[1], -1)[rows, :, at, None]  # (B, 1, 1, L)
+        k, v = F.linear(y, weight[split:], bias[split:]).chunk(2, dim=-1)
+        x, q = x[rows, at, None], F.linear(y[rows, at, None], weight[:split], bias[:split])          # (B, 1, D)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, D')
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(attn.out_proj(y))
+    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x if at is None else x[:, 0]
+
+
+# ---- Features and pairs ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
@@ -290,31 +371,13 @@ class ConchVision(nn.Module):
 
 
 def build_conch(image_size=448, patch=16, width=768, layers=12, heads=12, dim=512, vocab=32007, positions=128):
-    """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks."""
+    """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks.
+    Of tokens (B, positions) the text tower leaves out the last column, a placeholder for the cls embedding."""
     from open_clip.transformer import TextTransformer
-
-    class ConchText(TextTransformer):
-        """Tokens (B, positions) -> (B, dim), not normalised. The last column is a placeholder for the cls embedding."""
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            # Padding is cut to one column: no other pad is ever looked at, and the cls keeps the last position.
-            last = self.positional_embedding.shape[0] - 1
-            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            used = min(int(((tokens != 0) * columns).max()) + 1, last)           # L
-            tokens, position = tokens[:, :used], self.positional_embedding
-            x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
-            x = x + torch.cat([position[:used], position[last:]])                # (B, L + 1, width)
-            # Causal, and the row of the cls sees key j > 0 where token j - 1 is no pad: off by one, so it sees the
-            # first pad and not itself. The published weights were trained with this (open_clip's legacy mask).
-            mask = self.attn_mask[:used + 1, :used + 1].repeat(len(tokens), 1, 1)
-            mask[:, -1, 1:].masked_fill_(tokens == 0, float("-inf"))
-            x = self.transformer(x, attn_mask=mask.repeat_interleave(self.heads, dim=0))
-            return self.ln_final(x[:, -1]) @ self.text_projection
-
     model = nn.Module()
     model.visual = ConchVision(image_size, patch, width, layers, heads, dim)
     # open_clip adds a position for the cls
-    model.text = ConchText(positions - 1, vocab, width, heads, layers, output_dim=dim, embed_cls=True)
+    model.text = tight(TextTransformer(positions - 1, vocab, width, heads, layers, output_dim=dim, embed_cls=True))
     return model
 
 
