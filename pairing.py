@@ -266,10 +266,12 @@ def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) ->
 
     dataset: item i is an image that clip.preprocess has made, or a tuple that begins with one (labels are not used).
     """
-    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers,  # workers decode ahead
+                                         pin_memory=clip.device.type == "cuda")
     batches = tqdm(loader, "embed tiles", leave=False, disable=None)
     images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
-    return torch.cat([clip.encode_image(batch.to(clip.device)).cpu() for batch in images])
+    # gathered where they are made: a copy to the CPU after each batch would have a GPU wait for the next one
+    return torch.cat([clip.encode_image(batch.to(clip.device, non_blocking=True)) for batch in images]).cpu()
 
 
 @torch.no_grad()
@@ -284,7 +286,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """The report of highest cosine for every tile: (index LongTensor (N,), similarity fp32 Tensor (N,)).
 
     image_emb (N, dim), text_emb (M, dim), of length 1. The first maximum wins a tie. No N x M matrix exists, only
@@ -296,13 +298,13 @@ def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tupl
         raise ValueError(f"nearest_text: expected (N, dim) and (M > 0, dim), got {tuple(image_emb.shape)} and "
                          f"{tuple(text_emb.shape)}")
     index, similarity = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
-    text_emb = text_emb.float()
+    text_emb, block = text_emb.float(), image_emb.new_empty(min(chunk, len(image_emb)), len(text_emb)).float()
     for images in image_emb.float().split(chunk):
-        cosine = images @ text_emb.T                                             # (chunk, M)
+        cosine = torch.mm(images, text_emb.T, out=block[:len(images)])           # (chunk, M), one memory for all
         best = cosine.amax(1, keepdim=True)
         if not best.isfinite().all():
             raise ValueError("nearest_text: the features hold NaN or infinity")
-        nearest = (cosine >= best - TIE).to(torch.uint8).argmax(1)  # argmax returns the first of equal maxima
+        nearest = (cosine >= best - TIE).view(torch.uint8).argmax(1)  # argmax returns the first of equal maxima
         index.append(nearest.cpu())
         similarity.append((images * text_emb[nearest]).sum(1).cpu())
     return torch.cat(index), torch.cat(similarity)
