@@ -129,7 +129,23 @@ def load_backbone(name: str, weights=None) -> nn.Module:
                            licence="random weights" if weights == "none" else licence or "see the backbone")
     if row:
         backbone.recipe |= dict(size=224, mean=row["mean"], std=row["std"])
-    return backbone.eval()
+    return pool_early(backbone).eval()
+
+
+class PooledBlock(nn.Module):
+    """The last block of timm's ViT where only the class token is read: x (B, L, D) -> (B, 1, D)."""
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        x = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs)[:, :1]))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def pool_early(backbone: nn.Module) -> nn.Module:
+    """The same timm model; of a ViT with a class token, the last block leaves out the MLP of all other tokens."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+    if type(backbone) is VisionTransformer and backbone.global_pool == "token" and type(backbone.blocks[-1]) is Block:
+        backbone.blocks[-1].__class__ = PooledBlock  # parameters and their names stay
+    return backbone
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -317,7 +333,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin, model_card_template=CARD, license
                  interpolation: str = "bilinear", backbone_id: str = "", licence: str = "see the backbone",
                  run: dict | None = None):
         import timm
-        backbone = timm.create_model(architecture, pretrained=False, **model_args)
+        backbone = pool_early(timm.create_model(architecture, pretrained=False, **model_args))
         super().__init__(backbone, None, len(classes), vision_dim, text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
         self.about = dict(backbone_id=backbone_id or architecture, licence=licence, run=run)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 
 class _LoRA(nn.Module):
-    """What the three layers share; each adds shapes(), delta() = s*B*A like W, and branch(x) = s*B(A(x)).
+    """What the three layers share; each adds shapes(), delta() = s*B*A like W, and branch(x) = s*B(A(x)) or add_branch.
 
     Raises ValueError for a base layer or a setting that LoRA cannot work with.
     """
@@ -65,6 +65,9 @@ class _LoRA(nn.Module):
         if type(self.base).forward is not self.adapts.forward:
             # A subclass with its own arithmetic (timm's Conv2dSame, StdConv2d) has to see the whole weight.
             return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
+        return self.add_branch(x)
+
+    def add_branch(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.branch(x).to(y.dtype)
 
@@ -92,10 +95,13 @@ class LoRALinear(_LoRA):
     def delta(self) -> Tensor:
         return self.lora_B @ (self.scale * self.lora_A)  # (out, in)
 
-    def branch(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        down = F.linear(x, (self.scale * self.lora_A).to(x.dtype))  # (..., rank); s costs less on A than on y
-        return F.linear(down, self.lora_B.to(x.dtype))  # (..., out)
+    def add_branch(self, x: Tensor) -> Tensor:
+        # Added in place by the product itself: no second tensor of y's size is written, read or kept.
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base(rows)
+        rows = F.dropout(rows, self.dropout, self.training)
+        down = F.linear(rows, (self.scale * self.lora_A).to(x.dtype))  # (N, rank); s costs less on A than on y
+        return y.addmm_(down.to(y.dtype), self.lora_B.T.to(y.dtype)).view(*x.shape[:-1], y.shape[1])
 
 
 class LoRAConv2d(_LoRA):

@@ -33,6 +33,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CLIPS = {  # short names of --clip-model: hub id, open_clip's name of the architecture; other names go to open_clip
@@ -97,7 +98,7 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
                              f"({' '.join(str(error).split())[:300]})") from None
     model.eval().requires_grad_(False).to(device)
     model.text.output_tokens = False  # of CoCa models: the pooled feature alone
-    return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize)
+    return Clip(name, model.text.output_dim, model.visual, tight(model.text), preprocess, tokenize)
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -187,16 +188,98 @@ def build_open_clip(name: str, weights=None):
     return model, preprocess, tokenize, path
 
 
+# ---- Text towers ----------------------------------------------------------------------------------------------------
+
+def tight(tower: nn.Module) -> nn.Module:
+    """The same text tower with TextTower's forward where it is open_clip's plain transformer, else as it is."""
+    from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+    if type(tower) is TextTransformer and tower.pool_type != "none" and not tower.use_pad_mask and all(
+            type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
+        tower.__class__ = TextTower  # parameters, their names and buffers stay: only the methods below change
+    return tower
+
+
+class TextTower(nn.Module):
+    """open_clip's TextTransformer, computed with less: tokens (B, L) -> (B, dim), not normalised.
+
+    Equal to the original but for rounding, gradients too. Columns that no pooled position looks at are cut off, the
+    last block computes the pooled position alone, and blocks call their layers instead of nn.MultiheadAttention, which
+    transposes what every layer then copies and reads out_proj.weight, a sum that LoRA would have to build.
+    tokens may lie on the CPU whatever the tower's device: their lengths are then read without waiting for a GPU.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        position, mask = self.positional_embedding, None
+        if self.cls_emb is None:
+            if self.pool_type in ("first", "last"):
+                pooled = torch.full_like(tokens[:, 0], 0 if self.pool_type == "first" else tokens.shape[1] - 1)
+            else:
+                pooled = (tokens if self.pool_type == "argmax" else (tokens == self.eos_id).int()).argmax(dim=1)
+            if self.attn_mask is not None:  # causal: what comes after the last pooled position is never looked at
+                tokens = tokens[:, :int(pooled.max()) + 1]
+            x = self.token_embedding(tokens.to(position.device)) + position[:tokens.shape[1]]   # (B, L, width)
+        else:  # CoCa, CONCH: a cls embedding at the end, and no position sees a pad
+            last = min(tokens.shape[1], len(position) - 1)
+            shown = tokens[:, :last] != self.pad_id
+            used = min(int((shown * torch.arange(1, last + 1, device=tokens.device)).max()) + 1, last)  # one pad stays
+            tokens, shown = tokens[:, :used].to(position.device), shown[:, :used].to(position.device)
+            pooled = torch.full_like(tokens[:, 0], used)
+            x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
+            x = x + torch.cat([position[:used], position[last:last + 1]])                       # (B, used + 1, width)
+            # The mask of the keys is off by one: key j is seen where token j - 1 is no pad, so the cls sees the first
+            # pad and not itself. The published weights were trained with this (open_clip's legacy mask).
+            ends = torch.ones_like(shown[:, :1])
+            mask = torch.cat([shown, ends] if self.correct_cls_mask else [ends, shown], dim=1)[:, None, None]
+        if self.attn_mask is not None:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            mask = causal[None, None] if mask is None else mask & causal                        # (1 or B, 1, L, L)
+        blocks, pooled = self.transformer.resblocks, pooled.to(x.device)
+        for block in blocks[:-1]:
+            if self.transformer.grad_checkpointing:
+                x = checkpoint(attention_block, block, x, mask, use_reentrant=False)
+            else:
+                x = attention_block(block, x, mask)
+        x = self.ln_final(attention_block(blocks[-1], x, mask, pooled))
+        projection = self.text_projection
+        return x if projection is None else projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
+
+
+def attention_block(block: nn.Module, x: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
+    """open_clip's ResidualAttentionBlock: x (B, L, D), mask True where a key is seen -> (B, L, D).
+    With `at` (B,) the block's output at that position of each row alone, (B, D)."""
+    attn, y, split = block.attn, block.ln_1(x), x.shape[-1]
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if at is None:
+        q, k, v = F.linear(y, weight, bias).chunk(3, dim=-1)
+    else:
+        rows = torch.arange(len(x), device=x.device)
+        mask = None if mask is None else mask.expand(len(x), 1, x.shape[1], -1)[rows, :, at, None]  # (B, 1, 1, L)
+        k, v = F.linear(y, weight[split:], bias[split:]).chunk(2, dim=-1)
+        x, q = x[rows, at, None], F.linear(y[rows, at, None], weight[:split], bias[:split])          # (B, 1, D)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, D')
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(attn.out_proj(y))
+    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x if at is None else x[:, 0]
+
+
+# ---- Features and pairs ---------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
     """(N, dim) fp32 features of length 1, in the data set's order, on the CPU.
 
     dataset: item i is an image that clip.preprocess has made, or a tuple that begins with one (labels are not used).
     """
-    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers,  # workers decode ahead
+                                         pin_memory=clip.device.type == "cuda")
     batches = tqdm(loader, "embed tiles", leave=False, disable=None)
     images = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
-    return torch.cat([clip.encode_image(batch.to(clip.device)).cpu() for batch in images])
+    # gathered where they are made: a copy to the CPU after each batch would have a GPU wait for the next one
+    return torch.cat([clip.encode_image(batch.to(clip.device, non_blocking=True)) for batch in images]).cpu()
 
 
 @torch.no_grad()
@@ -211,7 +294,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """The report of highest cosine for every tile: (index LongTensor (N,), similarity fp32 Tensor (N,)).
 
     image_emb (N, dim), text_emb (M, dim), of length 1. The first maximum wins a tie. No N x M matrix exists, only
@@ -223,13 +306,13 @@ def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 8192) -> tupl
         raise ValueError(f"nearest_text: expected (N, dim) and (M > 0, dim), got {tuple(image_emb.shape)} and "
                          f"{tuple(text_emb.shape)}")
     index, similarity = [torch.empty(0, dtype=torch.long)], [torch.empty(0)]
-    text_emb = text_emb.float()
+    text_emb, block = text_emb.float(), image_emb.new_empty(min(chunk, len(image_emb)), len(text_emb)).float()
     for images in image_emb.float().split(chunk):
-        cosine = images @ text_emb.T                                             # (chunk, M)
+        cosine = torch.mm(images, text_emb.T, out=block[:len(images)])           # (chunk, M), one memory for all
         best = cosine.amax(1, keepdim=True)
         if not best.isfinite().all():
             raise ValueError("nearest_text: the features hold NaN or infinity")
-        nearest = (cosine >= best - TIE).to(torch.uint8).argmax(1)  # argmax returns the first of equal maxima
+        nearest = (cosine >= best - TIE).view(torch.uint8).argmax(1)  # argmax returns the first of equal maxima
         index.append(nearest.cpu())
         similarity.append((images * text_emb[nearest]).sum(1).cpu())
     return torch.cat(index), torch.cat(similarity)
@@ -304,31 +387,13 @@ class ConchVision(nn.Module):
 
 
 def build_conch(image_size=448, patch=16, width=768, layers=12, heads=12, dim=512, vocab=32007, positions=128):
-    """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks."""
+    """CONCH's two towers with random weights: module.visual, module.text. The sizes are CONCH's unless a test asks.
+    Of tokens (B, positions) the text tower leaves out the last column, a placeholder for the cls embedding."""
     from open_clip.transformer import TextTransformer
-
-    class ConchText(TextTransformer):
-        """Tokens (B, positions) -> (B, dim), not normalised. The last column is a placeholder for the cls embedding."""
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            # Padding is cut to one column: no other pad is ever looked at, and the cls keeps the last position.
-            last = self.positional_embedding.shape[0] - 1
-            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            used = min(int(((tokens != 0) * columns).max()) + 1, last)           # L
-            tokens, position = tokens[:, :used], self.positional_embedding
-            x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
-            x = x + torch.cat([position[:used], position[last:]])                # (B, L + 1, width)
-            # Causal, and the row of the cls sees key j > 0 where token j - 1 is no pad: off by one, so it sees the
-            # first pad and not itself. The published weights were trained with this (open_clip's legacy mask).
-            mask = self.attn_mask[:used + 1, :used + 1].repeat(len(tokens), 1, 1)
-            mask[:, -1, 1:].masked_fill_(tokens == 0, float("-inf"))
-            x = self.transformer(x, attn_mask=mask.repeat_interleave(self.heads, dim=0))
-            return self.ln_final(x[:, -1]) @ self.text_projection
-
     model = nn.Module()
     model.visual = ConchVision(image_size, patch, width, layers, heads, dim)
     # open_clip adds a position for the cls
-    model.text = ConchText(positions - 1, vocab, width, heads, layers, output_dim=dim, embed_cls=True)
+    model.text = tight(TextTransformer(positions - 1, vocab, width, heads, layers, output_dim=dim, embed_cls=True))
     return model
 
 

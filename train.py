@@ -341,7 +341,7 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
                     else:
                         used, report = pairs["train"][share].unique(return_inverse=True)
                         used = tokens[used]
-                    logits, t_hat, t = model.forward_train(images, used.to(device), report.to(device))
+                    logits, t_hat, t = model.forward_train(images, used, report.to(device))
             loss, parts = loss_of(logits, target, t_hat, t, args)
             parts = {"loss": loss.detach(), **parts}
             if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
