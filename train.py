@@ -39,8 +39,8 @@ from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, te
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
                   load_reports, load_tiles, stratified_split)
 from lora import TARGETS, inject_lora
-from pairing import (CLIPS, cache_key, cached, confusion_grid, curves, embed_images, embed_texts, html_table, load_clip,
-                     nearest_text, slug, write_gallery, write_page)
+from pairing import (CLIPS, TextTower, cache_key, cached, confusion_grid, curves, embed_images, embed_texts, html_table,
+                     load_clip, nearest_text, slug, write_gallery, write_page)
 
 SPLITS = ("train", "val", "test")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, of each process
@@ -341,6 +341,8 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
                     else:
                         used, report = pairs["train"][share].unique(return_inverse=True)
                         used = tokens[used]
+                    if not isinstance(model.text_tower, TextTower):  # which reads their lengths before it moves them
+                        used = used.to(device)
                     logits, t_hat, t = model.forward_train(images, used, report.to(device))
             loss, parts = loss_of(logits, target, t_hat, t, args)
             parts = {"loss": loss.detach(), **parts}
