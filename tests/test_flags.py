@@ -134,3 +134,9 @@ def test_the_readme_names_tests_and_flags_that_are_there(capsys):
         "--nproc_per_node", "--gallery", "--only", "--lam"}  # torchrun's, pairing.py's, bench.py's, the authors'
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme))
     assert used <= flags, used - flags
+
+
+def test_the_readme_quotes_the_papers_table_as_the_code_has_it():
+    readme = (ROOT / "README.md").read_text()
+    for model, cells in train.PAPER.items():
+        assert f"| {model} | " + " | ".join(f"{a:.2f} → {b}" for a, b in cells) + " |" in readme
