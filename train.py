@@ -785,7 +785,8 @@ def write_report(metrics: dict, run: Path) -> None:
     parts = {"loss": "ink", "ce": "blue", "kd": "orange"} if "kd" in log[-1] else {"loss": "ink"}  # no text: CE alone
     losses = {f"{split} {part}": (f"{colour} {dash}", curve(prefix + part)) for part, colour in parts.items()
               for split, dash, prefix in (("train", "dash", ""), ("val", "", "val_"))}
-    flags = {key.replace("_", "-"): value for key, value in held["config"].items()
+    flags = {key.replace("_", "-"): " ".join(value) if isinstance(value, list) else str(value)
+             for key, value in held["config"].items()
              if key not in ("tiles", "reports_text") and str(value) not in ("None", "False", "[]")}
     write_page(
         run / "report.html", f"Results of {run.parent.name}/{run.name}",
@@ -807,7 +808,7 @@ def write_report(metrics: dict, run: Path) -> None:
                f"validation tiles. The state of step {metrics['best']['step']} of {log[-1]['step']} was kept."),
         f'</div><h2>Flags</h2><p class="soft">On {escape(held["places"]["device"])}; '
         + ", ".join(f"{package} {number}" for package, number in held["versions"].items()) + ". What is not listed is "
-        "unset.</p><ul>", *(f"<li>--{key} {escape(str(value))}</li>" for key, value in flags.items()), "</ul>")
+        "unset.</p><ul>", *(f"<li>--{key} {escape(value)}</li>" for key, value in flags.items()), "</ul>")
 
 
 # ---- Table 1 of the paper, from finished runs -----------------------------------------------------------------------
