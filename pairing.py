@@ -217,12 +217,13 @@ class TextTower(nn.Module):
                 pooled = (tokens if self.pool_type == "argmax" else (tokens == self.eos_id).int()).argmax(dim=1)
             if self.attn_mask is not None:  # causal: what comes after the last pooled position is never looked at
                 tokens = tokens[:, :int(pooled.max()) + 1]
-            x = self.token_embedding(tokens.to(position.device)) + position[:tokens.shape[1]]   # (B, L, width)
+            tokens = tokens.to(position.device, non_blocking=True)
+            x = self.token_embedding(tokens) + position[:tokens.shape[1]]                       # (B, L, width)
         else:  # CoCa, CONCH: a cls embedding at the end, and no position sees a pad
             last = min(tokens.shape[1], len(position) - 1)
             shown = tokens[:, :last] != self.pad_id
             used = min(int((shown * torch.arange(1, last + 1, device=tokens.device)).max()) + 1, last)  # one pad stays
-            tokens, shown = tokens[:, :used].to(position.device), shown[:, :used].to(position.device)
+            tokens, shown = (part[:, :used].to(position.device, non_blocking=True) for part in (tokens, shown))
             pooled = torch.full_like(tokens[:, 0], used)
             x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
             x = x + torch.cat([position[:used], position[last:last + 1]])                       # (B, used + 1, width)
@@ -233,7 +234,7 @@ class TextTower(nn.Module):
         if self.attn_mask is not None:
             causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
             mask = causal[None, None] if mask is None else mask & causal                        # (1 or B, 1, L, L)
-        blocks, pooled = self.transformer.resblocks, pooled.to(x.device)
+        blocks, pooled = self.transformer.resblocks, pooled.to(x.device, non_blocking=True)
         for block in blocks[:-1]:
             if self.transformer.grad_checkpointing:
                 x = checkpoint(attention_block, block, x, mask, use_reentrant=False)

@@ -342,8 +342,8 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
                         used, report = pairs["train"][share].unique(return_inverse=True)
                         used = tokens[used]
                     if not isinstance(model.text_tower, TextTower):  # which reads their lengths before it moves them
-                        used = used.to(device)
-                    logits, t_hat, t = model.forward_train(images, used, report.to(device))
+                        used = used.to(device, non_blocking=True)
+                    logits, t_hat, t = model.forward_train(images, used, report.to(device, non_blocking=True))
             loss, parts = loss_of(logits, target, t_hat, t, args)
             parts = {"loss": loss.detach(), **parts}
             if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
