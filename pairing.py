@@ -358,7 +358,8 @@ def cache_key(clip: Clip, paths=None, texts=None) -> dict[str, str]:
         return key | {"reports": json.dumps(texts), "tokenizer": str(clip.tokenize(["Colon, biopsy: 12 mm."]).tolist())}
     files = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", str(path))) for path in paths]  # tile 17 of FILE.h5
     stats = [(str(path), file.st_size, file.st_mtime_ns) for path, file in zip(paths, files)]
-    return key | {"tile list": json.dumps(stats), "preprocessing": str(clip.preprocess)}
+    preprocessing = re.sub(" at 0x[0-9a-f]+", "", str(clip.preprocess))  # a function's address, anew in every process
+    return key | {"tile list": json.dumps(stats), "preprocessing": preprocessing}
 
 
 def slug(text: str) -> str:

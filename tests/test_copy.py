@@ -77,8 +77,9 @@ for model, x in ((vision.eval(), torch.randn(2, 3, 64, 64)), (text.eval(), torch
 def test_pairing_alone_pairs_two_tensors_with_torch_alone(tmp_path):
     run_copied(tmp_path, ["pairing.py"], EXAMPLES[1], """
 cosines = tiles @ reports.T
-assert torch.equal(index, cosines.argmax(dim=1))
-torch.testing.assert_close(cosine, cosines.amax(dim=1))
+best = cosines.amax(dim=1)  # of cosines that differ by rounding alone, nearest_text takes the first
+torch.testing.assert_close(cosines.gather(1, index[:, None])[:, 0], best, atol=2e-6, rtol=0)
+torch.testing.assert_close(cosine, best, atol=2e-6, rtol=0)
 """, absent=("open_clip", "timm", "torchvision", "PIL"))
 
 
