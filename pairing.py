@@ -193,8 +193,8 @@ def build_open_clip(name: str, weights=None):
 def tight(tower: nn.Module) -> nn.Module:
     """The same text tower with TextTower's forward where it is open_clip's plain transformer, else as it is."""
     from open_clip.transformer import ResidualAttentionBlock, TextTransformer
-    if type(tower) is TextTransformer and tower.pool_type != "none" and not tower.use_pad_mask and all(
-            type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
+    plain = type(tower) is TextTransformer and tower.pool_type in ("argmax", "eos", "last") and not tower.use_pad_mask
+    if plain and all(type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks):
         tower.__class__ = TextTower  # parameters, their names and buffers stay: only the methods below change
     return tower
 
@@ -211,26 +211,25 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         position, mask = self.positional_embedding, None
         if self.cls_emb is None:
-            if self.pool_type in ("first", "last"):
-                pooled = torch.full_like(tokens[:, 0], 0 if self.pool_type == "first" else tokens.shape[1] - 1)
-            else:
+            pooled = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+            if self.pool_type != "last":
                 pooled = (tokens if self.pool_type == "argmax" else (tokens == self.eos_id).int()).argmax(dim=1)
             if self.attn_mask is not None:  # causal: what comes after the last pooled position is never looked at
                 tokens = tokens[:, :int(pooled.max()) + 1]
             tokens = tokens.to(position.device, non_blocking=True)
             x = self.token_embedding(tokens) + position[:tokens.shape[1]]                       # (B, L, width)
-        else:  # CoCa, CONCH: a cls embedding at the end, and no position sees a pad
+        else:  # CoCa, CONCH: a cls embedding at the end, which sees one pad at most
             last = min(tokens.shape[1], len(position) - 1)
             shown = tokens[:, :last] != self.pad_id
-            used = min(int((shown * torch.arange(1, last + 1, device=tokens.device)).max()) + 1, last)  # one pad stays
+            used = min(int((shown * torch.arange(1, last + 1, device=tokens.device)).max()) + 1, last)
             tokens, shown = (part[:, :used].to(position.device, non_blocking=True) for part in (tokens, shown))
             pooled = torch.full_like(tokens[:, 0], used)
             x = torch.cat([self.token_embedding(tokens), self.cls_emb.expand(len(tokens), 1, -1)], dim=1)
             x = x + torch.cat([position[:used], position[last:last + 1]])                       # (B, used + 1, width)
             # The mask of the keys is off by one: key j is seen where token j - 1 is no pad, so the cls sees the first
             # pad and not itself. The published weights were trained with this (open_clip's legacy mask).
-            ends = torch.ones_like(shown[:, :1])
-            mask = torch.cat([shown, ends] if self.correct_cls_mask else [ends, shown], dim=1)[:, None, None]
+            first = torch.ones_like(shown[:, :1])
+            mask = torch.cat([shown, first] if self.correct_cls_mask else [first, shown], dim=1)[:, None, None]
         if self.attn_mask is not None:
             causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
             mask = causal[None, None] if mask is None else mask & causal                        # (1 or B, 1, L, L)

@@ -15,7 +15,7 @@ from pairing import TextTower, build_conch, tight
 WORDS, END = 48, 49  # ids of words are 1 ... 48; the end of a text has the highest id; 0 is a pad
 TOWERS = {
     "CLIP": {}, "eos": dict(pool_type="eos", eos_id=END), "last": dict(pool_type="last"),
-    "first": dict(pool_type="first"), "not causal": dict(no_causal_mask=True),
+    "not causal": dict(no_causal_mask=True),
     "not causal, last": dict(no_causal_mask=True, pool_type="last"), "CoCa": dict(embed_cls=True),
     "CoCa, mask corrected": dict(embed_cls=True, correct_cls_mask=True),
     "CoCa, not causal": dict(embed_cls=True, no_causal_mask=True), "layer scale": dict(ls_init_value=0.3),
@@ -94,7 +94,7 @@ def test_padding_behind_the_longest_text_is_not_computed():
     assert seen == [5, 1]  # the last block: the pooled position alone
 
 
-@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(pool_type="none")])
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(pool_type="none"), dict(pool_type="first")])
 def test_other_towers_stay_as_they_are(options):
     other = TextTransformer(width=32, heads=2, layers=1, **options)
     assert tight(other) is other and type(other) is TextTransformer
