@@ -140,3 +140,9 @@ def test_the_readme_quotes_the_papers_table_as_the_code_has_it():
     readme = (ROOT / "README.md").read_text()
     for model, cells in train.PAPER.items():
         assert f"| {model} | " + " | ".join(f"{a:.2f} → {b}" for a, b in cells) + " |" in readme
+
+
+def test_detaching_the_text_is_the_same_as_leaving_its_tower_alone(argv):
+    train.main(another(argv, "a", "--lora-text", 1, "--detach-text"))
+    train.main(another(argv, "b", "--lora-text", 0))
+    assert bytes_of(another(argv, "a")) == bytes_of(another(argv, "b"))
