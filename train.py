@@ -349,7 +349,6 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
             if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
                 stop_unless_finite(step + 1, parts)
             weight = len(batch[RANK::WORLD]) / len(batch)  # 0 where a small batch leaves nothing to this process
-            optimizer.zero_grad()
             scaler.scale(weight * loss).backward()
             sum_gradients(trainable.values())
             scaler.unscale_(optimizer)
@@ -357,6 +356,7 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
                 nn.utils.clip_grad_norm_(trainable.values(), args.clip)
             scaler.step(optimizer)
             scaler.update()
+            optimizer.zero_grad()  # now: gradients kept through the next forward pass would cost a tenth of the memory
             if scheduler:
                 scheduler.step()
             step += 1

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -116,10 +115,10 @@ def training(device, text, distinct, kind="ours"):
     def step(x=fixed):
         logits, t_hat, t = model.forward_train(x, tokens, report)
         loss, _ = clipit_loss(logits, labels, t_hat, t)
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
+        optimizer.zero_grad()
     return step
 
 
@@ -199,15 +198,19 @@ def child_times(group, device, repeat):
     return {name: [turn[name] for turn in turns[1:]] for name in entries}  # the first one warms up
 
 
+def resident(key):
+    """VmRSS or VmHWM (its peak) of this process in bytes. Linux; getrusage's peak counts the parent's memory too."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
 def child_memory(group, device, entry):
     function = GROUPS.get(group, {}).get(entry, WHOLE)(device)
-    unit_of_rss = 1 if sys.platform == "darwin" else 1024
-    peak = (torch.cuda.max_memory_allocated if device != "cpu" else
-            lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_of_rss)
-    built = (torch.cuda.memory_allocated() if device != "cpu" else
-             int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    cuda = device != "cpu"
+    built = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     spent = [seconds(function, device) for _ in range(3 if entry else 1)]
-    return {"above": peak() - built, "all": peak(), "seconds": spent[-1]}
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return {"above": peak - built, "all": peak, "seconds": spent[-1]}
 
 
 class TileFiles:
