@@ -64,6 +64,7 @@ def main(argv=None) -> dict:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.allow_tf32 = False  # where fp32 is asked for, and pairing always is
 
     # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
     if not args.download:

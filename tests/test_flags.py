@@ -131,7 +131,7 @@ def test_the_readme_names_tests_and_flags_that_are_there(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out)) | {
-        "--nproc_per_node", "--gallery", "--only", "--lam"}  # torchrun's, pairing.py's, bench.py's, the authors'
+        "--nproc_per_node", "--gallery", "--only", "--lam", "--learner"}  # torchrun's, pairing.py's, bench.py's, the authors'
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme))
     assert used <= flags, used - flags
 
