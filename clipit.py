@@ -58,8 +58,8 @@ Needs the image alone: no text, tokenizer or text model is in it. With clipit.py
 {%- if run %}
 - **Data**: {{ run.data }}; licence: {{ run.licence }}.
 {%- if run.reports %}
-- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`; used in training alone. Terms of
-  a CLIP model can cover what is trained on its outputs; CONCH's do.
+- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`; used in training alone.
+  Terms of a CLIP model can cover what is trained on its outputs; CONCH's do.
 {%- endif %}
 
 | {{ run.test_tiles }} test tiles, in % | frozen backbone, linear head (unimodal) | {{ run.variant }}, this classifier |
