@@ -965,7 +965,8 @@ def parse_args(argv=None) -> argparse.Namespace:
             ("drop_words", 0 <= args.drop_words < 1, "a share from 0 to below 1, such as 0.3"),
             ("shots", args.shots is None or args.shots >= 1, "1 or more"),
             ("val_every", args.val_every > 0, "more than 0"),
-            ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more")):
+            ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more"),
+            ("download", WORLD == 1 or not args.download, "one process; fetch the data without torchrun first")):
         if not ok:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
     if WORLD > 1 and args.device == "cuda":
