@@ -149,13 +149,12 @@ def main(argv=None) -> dict:
     model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["start"]["weight"].shape[1], clip.dim,
                    args.kd_layers, fused="lora" not in args.baseline, random_fusion=args.random_fusion)
     model.vision_head.load_state_dict(heads["start"])
-    adapted = args.lora_vision and adapt(model.backbone, "backbone", args)
-    fixed_backbone = not adapted and not args.augment
+    fixed_backbone = not (args.lora_vision and adapt(model.backbone, "backbone", args)) and not args.augment
     tokens = None
     if not args.no_text and model.fused:
         model.text_tower, tokens = clip.text_tower, clip.tokenize(reports)                            # (M, L)
-        adapted = args.lora_text and not args.detach_text and adapt(model.text_tower, "text tower", args)
-        if not adapted and not args.drop_words:  # it never changes: its features are looked up, the tower is dropped
+        fixed_text = not (args.lora_text and not args.detach_text and adapt(model.text_tower, "text tower", args))
+        if fixed_text and not args.drop_words:  # it never changes: its features are looked up, the tower is dropped
             model.text_tower, tokens = nn.Embedding.from_pretrained(text_emb), torch.arange(len(reports))
     # CLIP ends here, but for a text tower that the model holds
     tokenize, clip = clip.tokenize, None
@@ -334,17 +333,10 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
                 if tokens is None:
                     (logits, t_hat), t = model.fuse(model.backbone(images)), None
                 else:
-                    if args.drop_words:
-                        texts = [drop_words(reports[pairs["train"][i]], args.drop_words, f"{args.sd} {epoch} {i}")
-                                 for i in share]
-                        distinct = list(dict.fromkeys(texts))
-                        used, report = tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
-                    else:
-                        used, report = pairs["train"][share].unique(return_inverse=True)
-                        used = tokens[used]
+                    text, report = distinct_reports(share, epoch, pairs["train"], tokens, reports, tokenize, args)
                     if not isinstance(model.text_tower, TextTower):  # which reads their lengths before it moves them
-                        used = used.to(device, non_blocking=True)
-                    logits, t_hat, t = model.forward_train(images, used, report.to(device, non_blocking=True))
+                        text = text.to(device, non_blocking=True)
+                    logits, t_hat, t = model.forward_train(images, text, report.to(device, non_blocking=True))
             loss, parts = loss_of(logits, target, t_hat, t, args)
             parts = {"loss": loss.detach(), **parts}
             if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
@@ -400,6 +392,16 @@ def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, rep
     load_trainable(model, state["best"].get("model", state["model"]))
     print(f"best {args.monitor} {state['best']['value']:.4f} at step {state['best']['step']} of {step}")
     model.eval()
+
+
+def distinct_reports(share: list[int], epoch: int, pairs: Tensor, tokens, reports, tokenize, args):
+    """Tokens (R, L) of the distinct reports of these training tiles, and the row of each tile's own (B,)."""
+    if args.drop_words:
+        texts = [drop_words(reports[pairs[i]], args.drop_words, f"{args.sd} {epoch} {i}") for i in share]
+        distinct = list(dict.fromkeys(texts))
+        return tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
+    used, report = pairs[share].unique(return_inverse=True)
+    return tokens[used], report
 
 
 def loss_of(logits: Tensor, labels: Tensor, t_hat, t, args):
