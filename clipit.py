@@ -13,8 +13,10 @@ loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat)).
 import argparse
 import contextlib
 import csv
+import ctypes
 import io
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -129,23 +131,50 @@ def load_backbone(name: str, weights=None) -> nn.Module:
                            licence="random weights" if weights == "none" else licence or "see the backbone")
     if row:
         backbone.recipe |= dict(size=224, mean=row["mean"], std=row["std"])
-    return pool_early(backbone).eval()
+    return lean(backbone).eval()
+
+
+class LeanBlock(nn.Module):
+    """timm's ViT block: x (B, L, D) -> (B, L, D), each sum in the memory of its newer part, which nothing else reads."""
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        x = add(self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs))), x)
+        return add(self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), x)
 
 
 class PooledBlock(nn.Module):
-    """The last block of timm's ViT where only the class token is read: x (B, L, D) -> (B, 1, D)."""
+    """The last of them where only the class token is read: x (B, L, D) -> (B, 1, D)."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         x = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs)[:, :1]))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def pool_early(backbone: nn.Module) -> nn.Module:
-    """The same timm model; of a ViT with a class token, the last block leaves out the MLP of all other tokens."""
+def add(new: Tensor, x: Tensor) -> Tensor:
+    """new + x, in place; under autocast out of place, since `new` is of less precision than the sum."""
+    return new.add_(x) if new.dtype == x.dtype else new + x
+
+
+def lean(backbone: nn.Module) -> nn.Module:
+    """The same timm model; a ViT's blocks need less memory, and its last one, where there is a class token, leaves out
+    the MLP of all other tokens. Parameters and their names stay."""
     from timm.models.vision_transformer import Block, VisionTransformer
-    if type(backbone) is VisionTransformer and backbone.global_pool == "token" and type(backbone.blocks[-1]) is Block:
-        backbone.blocks[-1].__class__ = PooledBlock  # parameters and their names stay
+    if type(backbone) is VisionTransformer and all(type(block) is Block for block in backbone.blocks):
+        for block in backbone.blocks:
+            block.__class__ = LeanBlock
+        if backbone.global_pool == "token":
+            block.__class__ = PooledBlock
     return backbone
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that one tensor frees for the next. By itself it hands large blocks back to the
+    kernel, which clears every page again when they are asked for anew: a third of a training step on a CPU, at batch
+    64. A process then stays as large as it once was. For command lines, first thing; nothing happens without glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no block apart from the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def hub_file(flag: str, repo: str, *names: str, otherwise: str) -> str:
@@ -284,8 +313,8 @@ class ClipIT(nn.Module):
         With `report` (B,), tokens (R, L) holds the distinct reports of the batch and report[i] is the row of tile i:
         tiles share reports, and each is encoded once.
         """
+        t = self.text_tower(tokens)  # first: the larger graph is then the first to be freed, which takes less memory
         logits, t_hat = self.fuse(self.backbone(images))
-        t = self.text_tower(tokens)
         return logits, t_hat, t if report is None else t[report]
 
     def to_classifier(self, classes: list[str] | None = None, run: dict | None = None) -> "Classifier":
@@ -333,7 +362,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin, model_card_template=CARD, license
                  interpolation: str = "bilinear", backbone_id: str = "", licence: str = "see the backbone",
                  run: dict | None = None):
         import timm
-        backbone = pool_early(timm.create_model(architecture, pretrained=False, **model_args))
+        backbone = lean(timm.create_model(architecture, pretrained=False, **model_args))
         super().__init__(backbone, None, len(classes), vision_dim, text_dim, kd_layers, fused)
         self.classes, self.preprocess = list(classes), tile_transform(size, mean, std, interpolation)
         self.about = dict(backbone_id=backbone_id or architecture, licence=licence, run=run)
@@ -444,6 +473,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main())
     except (ValueError, OSError, KeyboardInterrupt) as error:

@@ -261,9 +261,14 @@ def attention_block(block: nn.Module, x: Tensor, mask: Tensor | None, at: Tensor
         x, q = x[rows, at, None], F.linear(y[rows, at, None], weight[:split], bias[:split])          # (B, 1, D)
     q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, D')
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-    x = x + block.ls_1(attn.out_proj(y))
-    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    x = add(block.ls_1(attn.out_proj(y)), x)
+    x = add(block.ls_2(block.mlp(block.ln_2(x))), x)
     return x if at is None else x[:, 0]
+
+
+def add(new: Tensor, x: Tensor) -> Tensor:
+    """new + x, in place; under autocast out of place, since `new` is of less precision than the sum."""
+    return new.add_(x) if new.dtype == x.dtype else new + x
 
 
 # ---- Features and pairs ---------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from clipit import BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier, tile_transform
+from clipit import (BACKBONES, Classifier, ClipIT, clipit_loss, keep_freed_memory, load_backbone, text_classifier,
+                    tile_transform)
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
                   load_reports, load_tiles, stratified_split)
 from lora import TARGETS, inject_lora
@@ -999,6 +1000,7 @@ def subset_name(args) -> str:
 
 def cli() -> None:
     """main() for people: bad input is one or two lines on stderr and exit code 2."""
+    keep_freed_memory()
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
     else:  # a scheduler or torchrun that ends the run is told of --resume like Ctrl-C

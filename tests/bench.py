@@ -1,6 +1,6 @@
 """What the parts of CLIP-IT cost, each beside its reference in the same run. Nothing here asserts a time.
 
-    python tests/bench.py [--only train infer heads pair slopes gpu] [--device cpu] [--repeat 3]
+    python tests/bench.py [--only train infer heads pair malloc slopes gpu] [--device cpu] [--repeat 3]
 
 Entries take turns, so that a machine that wanders slows all of them alike: a time is the median of its repeats, a ratio
 the median of its ratios to the first entry's time in the same turn. Memory is the peak over three steps above the built
@@ -10,6 +10,7 @@ parts: open_clip's own text forward, the report of every tile encoded, timm's ow
 tensor of its own.
 """
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clipit import Classifier, ClipIT, clipit_loss, load_backbone, tile_transform
+from clipit import Classifier, ClipIT, clipit_loss, keep_freed_memory, load_backbone, tile_transform
 from lora import LoRALinear, inject_lora
 from pairing import build_conch, embed_images, load_clip, nearest_text
 from train import train_head
@@ -90,9 +91,9 @@ def adapt(model, kind):
     return model
 
 
-def clipit_model(device, text, distinct, kind="ours"):
+def clipit_model(device, text, distinct, kind="ours", batch=BATCH):
     """(ClipIT, tokens, report) of a batch with so many distinct reports; text=False: their features are fixed."""
-    report = torch.arange(BATCH) % distinct
+    report = torch.arange(batch) % distinct
     backbone = adapt(plain_vit() if kind == "authors" else load_backbone(VITS["ViT-S/16"], "none"), kind)
     if not text:
         tower, tokens = nn.Embedding(REPORTS, TEXT_DIM).requires_grad_(False), torch.randint(REPORTS, (distinct,))
@@ -106,9 +107,9 @@ def clipit_model(device, text, distinct, kind="ours"):
     return model.to(device), tokens.to(device), report.to(device)
 
 
-def training(device, text, distinct, kind="ours"):
-    model, tokens, report = clipit_model(device, text, distinct, kind)
-    fixed, labels = images(device), torch.randint(CLASSES, (BATCH,), device=device)
+def training(device, text, distinct, kind="ours", batch=BATCH):
+    model, tokens, report = clipit_model(device, text, distinct, kind, batch)
+    fixed, labels = images(device, batch), torch.randint(CLASSES, (batch,), device=device)
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=1e-4, fused=True)
 
@@ -122,10 +123,10 @@ def training(device, text, distinct, kind="ours"):
     return step
 
 
-def classifier(device):
+def classifier(device, batch=BATCH):
     model = Classifier(VITS["ViT-S/16"], dict(num_classes=0), 224, [0.5] * 3, [0.5] * 3,
                        [str(i) for i in range(CLASSES)], 384, TEXT_DIM).to(device)
-    x = images(device)
+    x = images(device, batch)
     return torch.inference_mode()(lambda: model(x))
 
 
@@ -207,10 +208,19 @@ def resident(key):
 def child_memory(group, device, entry):
     function = GROUPS.get(group, {}).get(entry, WHOLE)(device)
     cuda = device != "cpu"
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what building took and freed again would hide a part of the peak
     built = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     spent = [seconds(function, device) for _ in range(3 if entry else 1)]
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     return {"above": peak - built, "all": peak, "seconds": spent[-1]}
+
+
+def child_malloc(device, repeat, keep):
+    """Seconds of a training step of 64 tiles, report features fixed, and of the classifier's forward pass on them."""
+    return {name: median([seconds(function, device) for _ in range(repeat + 1)][1:])
+            for name, function in (("training", training(device, False, 6, batch=64)),
+                                   ("inference", classifier(device, batch=64)))}
 
 
 class TileFiles:
@@ -319,19 +329,21 @@ def row(*cells):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "slopes", "gpu"))
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "malloc", "slopes", "gpu"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         name, *rest = args.child
+        if name != "malloc" or rest[-1]:
+            keep_freed_memory()
         return print(json.dumps(globals()[f"child_{name}"](*rest)))
     device = args.device
     packages = [f"{name} {version(name) if find_spec(name) else 'not installed'}" for name in ("torch", "timm", "peft")]
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, "
           f"{', '.join(packages)}; medians of {args.repeat}")
-    for group in args.only or [*GROUPS, "slopes"] + ["gpu"] * (device != "cpu"):
+    for group in args.only or [*GROUPS, "malloc", "slopes"] + ["gpu"] * (device != "cpu"):
         print()
         if group in GROUPS:
             times = child("times", group, device, args.repeat)
@@ -347,6 +359,11 @@ def main():
                 f"{whole['all'] / 1e9:.2f} GB in all")
             row("embed_images, ViT-B/32", f"{embed['all']:.2f}", f"{embed['tiles'] / embed['all']:.1f} tiles/s",
                 f"{embed['tower'] / embed['all']:.1%} in tower")
+        elif group == "malloc":
+            kept, given = child("malloc", device, args.repeat, True), child("malloc", device, args.repeat, False)
+            row("a batch of 64, freed memory", "kept", "given back", "ratio")
+            for name in kept:
+                row(name, f"{kept[name]:.2f}", f"{given[name]:.2f}", f"{given[name] / kept[name]:.2f}")
         elif group == "slopes":
             for kind, spent in child("slopes", device).items():
                 (few, least), *_, (many, most) = ((int(count), s) for count, s in spent.items())

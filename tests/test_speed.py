@@ -1,17 +1,22 @@
 """What is computed with less is equal to the plain form: features, and the gradient of every adapter."""
 import copy
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from open_clip.transformer import QuickGELU, TextTransformer
-from timm.models.vision_transformer import Block
 
 import pairing
-from clipit import PooledBlock, pool_early
+from clipit import LeanBlock, PooledBlock, lean
 from lora import inject_lora
 from pairing import TextTower, build_conch, tight
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS, END = 48, 49  # ids of words are 1 ... 48; the end of a text has the highest id; 0 is a pad
 TOWERS = {
     "CLIP": {}, "eos": dict(pool_type="eos", eos_id=END), "last": dict(pool_type="last"),
@@ -123,8 +128,8 @@ def test_the_backbone_without_the_last_mlp_of_unread_tokens_equals_timms(options
     torch.manual_seed(0)
     plain = adapted(timm.create_model("test_vit", num_classes=0, **options).eval())
     ours = copy.deepcopy(plain)
-    pool_early(ours)
-    assert type(ours.blocks[-1]) is PooledBlock and list(ours.state_dict()) == list(plain.state_dict())
+    lean(ours)
+    assert type(ours.blocks[-1]) is PooledBlock and type(ours.blocks[0]) is LeanBlock and list(ours.state_dict()) == list(plain.state_dict())
     images = torch.randn(2, 3, 160, 160)
     assert_equal(results(ours, images), results(plain, images))
     sizes = []
@@ -133,9 +138,44 @@ def test_the_backbone_without_the_last_mlp_of_unread_tokens_equals_timms(options
     assert sizes == [1]
 
 
-@pytest.mark.parametrize("name", ["test_vit2", "test_convnext", "resnet10t"])
+def test_a_backbone_that_reads_all_tokens_computes_them_all_and_equals_timms():
+    torch.manual_seed(0)
+    plain = adapted(timm.create_model("test_vit", num_classes=0, global_pool="avg").eval())
+    ours = lean(copy.deepcopy(plain))
+    assert {type(block) for block in ours.blocks} == {LeanBlock}
+    images = torch.randn(2, 3, 160, 160)
+    assert_equal(results(ours, images), results(plain, images))
+
+
+@pytest.mark.parametrize("name", ["test_vit_relpos", "test_convnext", "resnet10t"])  # the first with blocks of another kind
 def test_other_backbones_stay_as_they_are(name):
-    model = timm.create_model(name, num_classes=0, **({"global_pool": "avg"} if "vit" in name else {}))
-    pool_early(model)
-    assert not any(isinstance(module, PooledBlock) for module in model.modules())
-    assert "vit" not in name or type(model.blocks[-1]) is Block
+    model = timm.create_model(name, num_classes=0)
+    assert lean(model) is model
+    assert not any(isinstance(module, (LeanBlock, PooledBlock)) for module in model.modules())
+
+
+def test_under_autocast_the_sums_keep_the_precision_of_the_plain_form():
+    torch.manual_seed(0)
+    images, tokens = torch.randn(2, 3, 160, 160), texts(12, 7)
+    for plain, make, inputs in ((adapted(timm.create_model("test_vit", num_classes=0).eval()), lean, images),
+                                (tower(), tight, tokens)):
+        ours, seen = make(copy.deepcopy(plain)), []
+        for module in ours.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_pre_hook(lambda module, x: seen.append(x[0].dtype))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(ours(inputs).float(), plain(inputs).float(), rtol=0.02, atol=0.02)
+        assert set(seen) == {torch.float32}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("keep, faults", [("clipit.keep_freed_memory()", (0, 500)), ("", (90_000, math.inf))])
+def test_freed_memory_is_used_again_and_not_asked_for_anew(keep, faults):
+    code = f"""import resource, torch, clipit
+{keep}
+for i in range(20):
+    before = before if i > 15 else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""  # the last five: 19,500 pages each
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert faults[0] <= int(done.stdout) <= faults[1]
