@@ -213,7 +213,10 @@ def child_memory(group, device, entry):
     built = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     spent = [seconds(function, device) for _ in range(3 if entry else 1)]
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    return {"above": peak - built, "all": peak, "seconds": spent[-1]}
+    with FlopCounterMode(display=False) as counter:
+        if entry:
+            function()
+    return {"above": peak - built, "all": peak, "seconds": spent[-1], "flops": counter.get_total_flops()}
 
 
 def child_malloc(device, repeat, keep):
@@ -348,10 +351,15 @@ def main():
         if group in GROUPS:
             times = child("times", group, device, args.repeat)
             reference = next(iter(times.values()))
-            row(group, "seconds", "ratio", "peak GB above" if group == "train" else "")
+            row(group, "seconds", "ratio", *(["ratio of FLOPs", "peak GB above"] if group == "train" else []))
+            flops = None
             for name, spent in times.items():
-                memory = f"{child('memory', group, device, name)['above'] / 1e9:.2f}" if group == "train" else ""
-                row(name, f"{median(spent):.3f}", f"{median(a / b for a, b in zip(spent, reference)):.4g}", memory)
+                cells = [f"{median(spent):.3f}", f"{median(a / b for a, b in zip(spent, reference)):.4g}"]
+                if group == "train":
+                    found = child("memory", group, device, name)
+                    flops = flops or found["flops"]
+                    cells += [f"{found['flops'] / flops:.3f}", f"{found['above'] / 1e9:.2f}"]
+                row(name, *cells)
         if group == "pair":
             whole, embed = child("memory", "", device, ""), child("embed", device)
             speed = 2e-9 * TILES * REPORTS * TEXT_DIM / whole["seconds"]
