@@ -135,7 +135,7 @@ def load_backbone(name: str, weights=None) -> nn.Module:
 
 
 class LeanBlock(nn.Module):
-    """timm's ViT block: x (B, L, D) -> (B, L, D), each sum in the memory of its newer part, which nothing else reads."""
+    """timm's ViT block: x (B, L, D) -> (B, L, D), each sum in the memory of its newer part; nothing else reads it."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         x = add(self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs))), x)

@@ -208,7 +208,7 @@ def resident(key):
 def child_memory(group, device, entry):
     function = GROUPS.get(group, {}).get(entry, WHOLE)(device)
     cuda = device != "cpu"
-    if sys.platform == "linux":
+    if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # what building took and freed again would hide a part of the peak
     built = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     spent = [seconds(function, device) for _ in range(3 if entry else 1)]

@@ -297,8 +297,9 @@ def test_offline_is_told_at_once(monkeypatch, tmp_path):
         assert time.monotonic() - start < 10  # huggingface_hub's own retries take more than 20 seconds
 
 
-def test_both_files_hold_the_same_hub_file():
+def test_both_files_hold_the_same_shared_functions():
     assert inspect.getsource(pairing.hub_file) == inspect.getsource(clipit.hub_file)
+    assert inspect.getsource(pairing.add) == inspect.getsource(clipit.add)
 
 
 # ---- Defaults of the command line -----------------------------------------------------------------------------------
