@@ -143,7 +143,7 @@ class LeanBlock(nn.Module):
 
 
 class PooledBlock(nn.Module):
-    """The last of them where only the class token is read: x (B, L, D) -> (B, 1, D)."""
+    """The last block of timm's ViT where only the class token is read: x (B, L, D) -> (B, 1, D)."""
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         x = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x), **kwargs)[:, :1]))

@@ -220,7 +220,8 @@ def child_memory(group, device, entry):
 
 
 def child_malloc(device, repeat, keep):
-    """Seconds of a training step of 64 tiles, report features fixed, and of the classifier's forward pass on them."""
+    """Seconds of a training step of 64 tiles, report features fixed, and of the classifier's forward pass on them.
+    keep: whether freed memory is kept; main() sees to it before anything is built."""
     return {name: median([seconds(function, device) for _ in range(repeat + 1)][1:])
             for name, function in (("training", training(device, False, 6, batch=64)),
                                    ("inference", classifier(device, batch=64)))}
