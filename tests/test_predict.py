@@ -1,17 +1,12 @@
 """python clipit.py: probabilities of image files from a saved classifier."""
 import csv
-import fcntl
-import os
-import pickle
 import runpy
-import struct
-import subprocess
 import sys
-import termios
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, write_tiles
+from huggingface_hub import errors
 from PIL import Image
 
 import clipit
@@ -20,157 +15,112 @@ from lora import inject_lora
 
 
 @pytest.fixture
-def saved(tmp_path):
-    """A run's folder with a classifier, and the model it came from."""
+def model(tmp_path):
+    """A model; its classifier is saved in tmp_path/run, and tmp_path/tiles has four images."""
     torch.manual_seed(0)
     backbone = load_backbone(f"local-dir:{DEMO}/backbone")
-    model = ClipIT(backbone, None, 2, backbone.num_features, 16)
+    model = ClipIT(backbone, None, 2, backbone.num_features, 16).eval()
     inject_lora(model.backbone, 2)
-    model.eval().to_classifier(["benign", "tumour"]).save_pretrained(tmp_path / "run" / "classifier")
-    return tmp_path / "run", model
+    model.to_classifier(["benign", "tumour"]).save_pretrained(tmp_path / "run" / "classifier")
+    write_tiles(tmp_path / "tiles", {"a": 3, "deep/er": 1})
+    return model
 
 
-def read(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def call(model, tmp_path, monkeypatch, capsys):
+    """python clipit.py with these words, in tmp_path: (exit code, standard output, errors)."""
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["clipit.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "clipit.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+    return run
 
 
-def test_every_image_gets_its_probabilities_and_an_unreadable_one_is_named(saved, tmp_path, capsys):
-    run, model = saved
-    folder = write_tiles(tmp_path / "tiles", {"a": 3, "deep/er": 2})
-    (folder / "a" / "1.png").write_bytes(b"no image")
-    (folder / "a" / "notes.txt").write_text("no tile")
-    extra = tmp_path / "extra.png"
-    Image.open(folder / "a" / "0.png").save(extra)
-    code = clipit.main([str(run), str(folder), str(extra), "--csv", str(tmp_path / "out.csv"), "--batch", "2", "--worker", "0"])
-    assert code == 1 and str(folder / "a" / "1.png") in capsys.readouterr().err
-    rows = read(tmp_path / "out.csv")
-    assert [row["path"] for row in rows] == [str(folder / name) for name in (
-        "a/0.png", "a/2.png", "deep/er/0.png", "deep/er/1.png")] + [str(extra)]
-    transform = clipit.Classifier.from_pretrained(run / "classifier").preprocess
+def test_every_image_gets_its_probabilities_and_an_unreadable_one_is_named(model, call, tmp_path):
+    (tmp_path / "tiles" / "a" / "1.png").write_bytes(b"no image")
+    (tmp_path / "tiles" / "a" / "notes.txt").write_text("no tile")
+    Image.new("L", (70, 64), 200).save(tmp_path / "extra.jpg")
+    words = ["run", "tiles", "extra.jpg", "--batch", "2", "--csv", "out.csv"]
+    code, out, said = call(*words)
+    assert code == 1 and out == ""
+    assert "clipit.py: tiles/a/1.png: not a readable image" in said
+    written = (tmp_path / "out.csv").read_text()
+    rows = list(csv.DictReader(written.splitlines()))
+    assert [row["path"] for row in rows] == [
+        "tiles/a/0.png", "tiles/a/2.png", "tiles/deep/er/0.png", "extra.jpg"]
     for row in rows:
-        p = model(transform(Image.open(row["path"]))[None]).softmax(1)[0]
-        assert [float(row["benign"]), float(row["tumour"])] == pytest.approx(p.tolist(), abs=1e-5)
+        image = model.backbone.preprocess(Image.open(tmp_path / row["path"]).convert("RGB"))
+        p = model(image[None]).softmax(1)[0]
+        assert [float(row[name]) for name in ("benign", "tumour")] == pytest.approx(p.tolist(),
+                                                                                    abs=1e-5)
         assert row["pred"] == ("benign", "tumour")[int(p.argmax())]
     assert not list(tmp_path.glob("*.tmp"))
-    assert clipit.main([str(run), str(extra), "--csv", str(tmp_path / "out.csv"), "--worker", "2"]) == 0
+    call(*words, "--worker", "1")
+    assert (tmp_path / "out.csv").read_text() == written
 
 
-def test_a_real_process_writes_to_standard_output_and_refuses_bad_input(saved, tmp_path):
-    run, _ = saved
-    write_tiles(tmp_path / "tiles", {"a": 1})
-
-    def call(*argv):
-        return subprocess.run([sys.executable, "clipit.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
-    done = call(run / "classifier", tmp_path / "tiles")
-    assert done.returncode == 0 and done.stdout.splitlines()[0] == "path,pred,benign,tumour" and done.stdout.count("a/0.png") == 1
-    done = call(run, tmp_path / "nowhere")
-    assert done.returncode == 2 and str(tmp_path / "nowhere") in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_terminal_shows_a_bar(saved, tmp_path):
-    run, _ = saved
-    write_tiles(tmp_path / "tiles", {"a": 3})
-    terminal, its_end = os.openpty()
-    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # 80 columns
-    subprocess.run([sys.executable, "clipit.py", run, tmp_path / "tiles", "--csv", tmp_path / "out.csv", "--batch", "1",
-                    "--worker", "0"], cwd=ROOT, stderr=its_end, check=True)
-    os.close(its_end)
-    shown = os.read(terminal, 100_000).decode()
-    assert "tiles: 100%" in shown and "3/3" in shown
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_amp_changes_the_third_digit_at_most(saved, tmp_path, amp, monkeypatch):
-    run, _ = saved
-    write_tiles(tmp_path / "tiles", {"a": 3})
-    rows, dtypes, fuse = {}, set(), clipit.Classifier.fuse
-    monkeypatch.setattr(clipit.Classifier, "fuse", lambda self, v: (out := fuse(self, v), dtypes.add(out[0].dtype))[0])
-    for kind in ("off", amp):
-        assert clipit.main([str(run), str(tmp_path / "tiles"), "--csv", str(tmp_path / kind), "--worker", "0", "--amp", kind,
-                            "--device", "cpu"]) == 0
-        rows[kind] = [float(row["tumour"]) for row in read(tmp_path / kind)]
-    assert dtypes == {torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
-    assert rows[amp] == pytest.approx(rows["off"], abs=0.01)
+def test_standard_output_is_the_table_and_nothing_else(call):
+    code, out, _ = call("run/classifier", "tiles")
+    header, *rows = out.splitlines()
+    assert code == 0 and header == "path,pred,benign,tumour"
+    assert [row.partition(",")[0] for row in rows] == [
+        "tiles/a/0.png", "tiles/a/1.png", "tiles/a/2.png", "tiles/deep/er/0.png"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_is_stopped_or_fails_midway_writes_nothing(saved, tmp_path, error, monkeypatch):
-    run, _ = saved
-    write_tiles(tmp_path / "tiles", {"a": 4})
-    forward, calls = clipit.Classifier.forward, []
-    monkeypatch.setattr(clipit.Classifier, "forward", lambda self, images: calls.append(1) or (
-        forward(self, images) if len(calls) == 1 else exec("raise error", {"error": error})))
-    for earlier in (None, "path,pred\n"):
-        calls.clear()
-        if earlier:
-            (tmp_path / "out.csv").write_text(earlier)
-        with pytest.raises(error):
-            clipit.main([str(run), str(tmp_path / "tiles"), "--csv", str(tmp_path / "out.csv"), "--batch", "2", "--worker", "0"])
-        assert len(calls) == 2 and not list(tmp_path.glob("*.tmp"))
-        assert ((tmp_path / "out.csv").read_text() if earlier else (tmp_path / "out.csv").exists()) == (earlier or False)
+@pytest.mark.parametrize("earlier", [None, "of an earlier run\n"])
+def test_a_run_that_is_stopped_or_fails_midway_writes_nothing(model, tmp_path, monkeypatch, error,
+                                                              earlier):
+    forward, calls, file = clipit.Classifier.forward, [], tmp_path / "out.csv"
+
+    def fail_at_the_second(self, images):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return forward(self, images)
+    monkeypatch.setattr(clipit.Classifier, "forward", fail_at_the_second)
+    if earlier:
+        file.write_text(earlier)
+    with pytest.raises(error):
+        clipit.main([str(tmp_path / "run"), str(tmp_path / "tiles"), "--csv", str(file),
+                     "--batch", "2"])
+    assert len(calls) == 2 and not list(tmp_path.glob("*.tmp"))
+    assert (file.read_text() if file.exists() else None) == earlier
 
 
-def test_ctrl_c_is_one_line_and_exit_code_2(saved, tmp_path, monkeypatch, capsys):
-    run, _ = saved
-    write_tiles(tmp_path / "tiles", {"a": 1})
-
-    def stop(self):
+def test_ctrl_c_is_one_line_and_exit_code_2(call, monkeypatch):
+    def stop(path):
         raise KeyboardInterrupt
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", stop)
-    monkeypatch.setattr(sys, "argv", ["clipit.py", str(run), str(tmp_path / "tiles")])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "clipit.py"), run_name="__main__")
-    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == "clipit.py: stopped"
+    monkeypatch.setattr(Image, "open", stop)
+    code, _, said = call("run", "tiles")
+    assert code == 2 and said.splitlines()[-1] == "clipit.py: stopped"
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (lambda classifier: (classifier / "config.json").unlink(), "config.json"),
-    (lambda classifier: (classifier / "config.json").write_text("{"), "no classifier could be loaded"),
-    (lambda classifier: (classifier / "model.safetensors").write_bytes(b"half"), "no classifier could be loaded"),
-    (lambda classifier: classifier.rename(classifier.with_name("other")), "config.json")])
-def test_a_folder_without_a_whole_classifier_is_refused_in_words(saved, tmp_path, spoil, word):
-    run, _ = saved
-    spoil(run / "classifier")
-    with pytest.raises(ValueError, match=f"(?s)run: .*{word}"):
-        clipit.main([str(run), str(write_tiles(tmp_path / "tiles", {"a": 1}))])
+@pytest.mark.parametrize("spoil", [
+    lambda classifier: (classifier / "config.json").unlink(),
+    lambda classifier: (classifier / "config.json").write_text("{"),
+    lambda classifier: (classifier / "model.safetensors").write_bytes(b"half"),
+    lambda classifier: classifier.rename(classifier.with_name("other"))])
+def test_a_folder_without_a_whole_classifier_is_refused_in_words(call, tmp_path, spoil):
+    spoil(tmp_path / "run" / "classifier")
+    code, out, said = call("run", "tiles", "--csv", "out.csv")
+    assert code == 2 and out == "" and not (tmp_path / "out.csv").exists()
+    first, second = said.splitlines()[-2:]
+    assert first.startswith("clipit.py: run: no classifier could be loaded")
+    assert second.startswith("expected a run's folder, its classifier/ with config.json")
 
 
-@pytest.mark.parametrize("more, word", [(["--batch", "0"], "--batch 0"), (["--worker", "-1"], "--worker -1"),
-                                        (["--device", "abacus"], "--device abacus")])
-def test_a_flag_that_cannot_be_is_named(saved, tmp_path, more, word):
-    run, _ = saved
-    with pytest.raises(ValueError, match=word):
-        clipit.main([str(run), str(write_tiles(tmp_path / "tiles", {"a": 1})), *more])
-
-
-def test_a_folder_without_images_is_named(saved):
-    run, _ = saved
-    with pytest.raises(ValueError, match=f"{run}: no image in it"):
-        clipit.main([str(run), str(run)])
-
-
-def test_a_hub_id_that_cannot_be_had_is_refused_in_words(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    with pytest.raises(ValueError, match="no folder runs/x: .*could not be reached[^@]*the folder of a finished run"):
-        clipit.main(["runs/x", str(tmp_path)])
-
-
-def test_what_decodes_files_can_be_sent_to_a_worker_that_is_not_a_fork(saved, tmp_path):
-    run, _ = saved
-    folder = write_tiles(tmp_path / "tiles", {"a": 1})
-    files = clipit.Files([folder / "a" / "0.png", run], clipit.Classifier.from_pretrained(run / "classifier").preprocess)
-    again = pickle.loads(pickle.dumps(files))
-    assert torch.equal(again[0][1], files[0][1]) and again[1][1] is None and again[1][2]
-
-
-def test_the_plain_baseline_predicts_too():
-    backbone = load_backbone(f"local-dir:{DEMO}/backbone")
-    classifier = ClipIT(backbone, None, 3, backbone.num_features, 16, fused=False).to_classifier()
-    image = Image.new("RGB", (70, 64), (200, 120, 160))
-    expected = classifier.vision_head(classifier.backbone(classifier.preprocess(image)[None])).softmax(dim=1)
-    torch.testing.assert_close(classifier.predict([image]), expected)
-    v, t_hat = classifier.features(classifier.preprocess(image)[None])
-    assert v.shape == (1, backbone.num_features) and t_hat is None
+def test_what_is_not_there_is_named(call, tmp_path, monkeypatch):
+    def hf_hub_download(*args, **kwargs):
+        raise errors.LocalEntryNotFoundError("the hub cannot be reached")
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", hf_hub_download)
+    (tmp_path / "empty").mkdir()
+    for words, says in ((["run", "empty"], "empty: no image there (.jpg"),
+                        (["run", "tiles", "nowhere.png"], "nowhere.png: no image there"),
+                        (["run", "tiles", "--device", "abacus"], "to --device abacus"),
+                        (["org/model", "tiles"], "org/model: no classifier could be loaded"),
+                        (["org/model", "tiles"], "or a hub id")):
+        code, out, said = call(*words)
+        assert code == 2 and out == "" and says in said and "Traceback" not in said
