@@ -1,18 +1,20 @@
-"""CLIP-IT from end to end: pair, vision head, text head, fuse and distil, text-free test. Read main() as the paper.
+"""CLIP-IT from end to end: pair, vision head, text head, fuse and distil, text-free test.
 
-    python train.py                                        # the demo: offline, about a minute on two CPU cores
-    python train.py --ds my_tiles --reports reports.txt    # my_tiles/{train,test}/CLASS/*.png, one report a line
-    python train.py --no-text                              # the ablation: same layers and steps, no distillation
-    python train.py --table runs                           # all finished runs under a folder as Table 1
-    torchrun --nproc_per_node 4 -- train.py --ds crc       # the same from four processes, each with a GPU of its own
+    python train.py                                      # the demo: offline, a minute on two cores
+    python train.py --ds my_tiles --reports reports.txt  # my_tiles/{train,test}/CLASS/*.png
+    python train.py --ds crc --download --model VITS_16  # the paper's data, fetched once
+    python train.py --no-text                            # the ablation: all but the distillation
+    python train.py --ep 0                               # pairs, page and heads alone, no step 4
+    python train.py --table runs                         # finished runs as the paper's Table 1
+    torchrun --nproc_per_node 4 -- train.py --ds crc     # four processes share every batch
 
-A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, heads.pt, last.pt (for --resume), metrics.json,
-predictions.csv and classifier/, the text-free model for clipit.Classifier.from_pretrained; to look at in a browser,
-pairs.html (tiles beside their reports) and report.html (results, confusion, loss curves, flags).
+A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, metrics.json, predictions.csv,
+report.html to look at, last.pt for --resume, and classifier/, the text-free model for clipit.py.
 """
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,9 +22,9 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from base64 import b64encode
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -31,1005 +33,940 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, StackDataset, Subset
 from tqdm import tqdm
 
-from clipit import (BACKBONES, Classifier, ClipIT, clipit_loss, keep_freed_memory, load_backbone, text_classifier,
-                    tile_transform)
-from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, download_reports, draw_shots, find_bad_tiles,
-                  load_reports, load_tiles, stratified_split)
+from clipit import BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier
+from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_reports,
+                  load_tiles, stratified_split)
 from lora import TARGETS, inject_lora
-from pairing import (CLIPS, TextTower, cache_key, cached, confusion_grid, curves, embed_images, embed_texts, html_table,
-                     load_clip, nearest_text, slug, write_gallery, write_page)
+from pairing import CLIPS, embed_images, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's, of each process
-# Flags that say where and how a run is made, not what it is: they may change when it is resumed
-PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log", "table", "csv", "wandb",
-          "tensorboard", "compile", "grad_checkpointing")
-# What the authors feed PCAM to every backbone with: OpenAI CLIP's statistics, bicubic; and in training these changes
-AUTHORS_PCAM = dict(mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
-                    interpolation="bicubic")
-AUTHORS_PCAM_CHANGES = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5),
-                                   v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05)])
 
 
 def main(argv=None) -> dict:
-    """One run; returns what metrics.json holds. Raises ValueError and OSError for bad input, FloatingPointError for a
-    loss that is not finite; cli() turns them into a line and an exit code."""
+    """One run, the paper in five steps; returns what metrics.json holds. Raises ValueError, OSError
+    for bad input, FloatingPointError for a loss that is not finite.
+
+    N tiles, M reports, C classes; D, d: the sizes of the backbone's and of CLIP's features."""
     args = parse_args(argv)
     if args.table:
-        return table(args.table, args.csv)
-    device = args.device
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.allow_tf32 = False  # where fp32 is asked for, and pairing always is
-
-    # ---- Models first (they may be refused), then tiles and reports -------------------------------------------------
-    if not args.download:
-        dataset_folder(args.ds, args.data_dir)
-    torch.manual_seed(args.sd)  # of random weights, where they are asked for
-    clip = load_clip(args.clip_model, args.clip_weights, args.clip_tokenizer, device)
-    clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
-    backbone = load_backbone(args.model, args.weights).to(device)
-    if args.download:
-        download(args.ds, args.data_dir)
-        download_reports(args.reports, args.data_dir)
-    reports = load_reports(args.reports, args.data_dir, args.clean_reports)
-    tiles = {split: pick_tiles(split, args) for split in SPLITS}
-    labels = {split: torch.tensor(tiles[split].labels) for split in SPLITS}
+        return table(Path(args.table))
+    clip, backbone = load_models(args)
+    tiles, labels, reports = load_data(backbone, args)  # by split: Tiles, (N,); M texts
     classes = tiles["train"].classes
-    if args.batch > len(tiles["train"]):
-        raise ValueError(f"--batch {args.batch}: larger than the {len(tiles['train'])} training tiles; give a smaller "
-                         "one")
-    if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     run = open_run(args, tiles, reports)
-    print(f"{args.ds}: {len(classes)} classes, tiles "
-          + ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
-          + f"; {len(reports)} reports; on {device}" + f", {WORLD} processes" * (WORLD > 1))
-    for name, what in ((args.model, args.weights), (args.clip_model, args.clip_weights)):
-        if what == "none":
-            print(f"{name}: random weights, as asked for; its features mean nothing")
 
-    # ---- 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is seen ----------------------------------
-    cache = Path(args.dir, "cache", slug(f"{args.ds} {args.clip_model}"))
-    text_emb, how = cached(cache / f"reports-{slug(Path(args.reports).stem)}.pt", cache_key(clip, texts=reports),
-                           lambda: embed_texts(clip, reports), write=RANK == 0)                       # (M, text_dim)
-    print(f"report features: {how}")
-    tile_emb, pairs, similarity = {}, {}, {}
+    # 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is read
+    text_emb = embed_reports(clip, reports, args)  # (M, d)
+    image_emb, pairs, similarity = {}, {}, {}
     for split in SPLITS:
-        seen = tiles[split].seen_by(clip.preprocess)
-        tile_emb[split], how = cached(cache / f"{split}{subset_name(args)}.pt", cache_key(clip, paths=seen.paths),
-                                      lambda: gathered([embed_images(clip, own_share(seen), args.batch, args.worker)],
-                                                       len(seen), args), write=RANK == 0)           # (N, text_dim)
-        print(f"{split} tile features for pairing: {how}")
-        pairs[split], similarity[split] = nearest_text(tile_emb[split], text_emb)                     # (N,), (N,)
-    write_pairs(run / "pairs.csv", tiles, pairs, similarity)
-    if RANK == 0:
-        every = [sum((getattr(tiles[split], of) for split in SPLITS), []) for of in ("paths", "labels")]
-        write_gallery(run / "pairs.html", args.ds, args.clip_model, Tiles(*every, classes),
-                      torch.cat(list(pairs.values())), torch.cat(list(similarity.values())), reports)
-    uses = torch.cat(list(pairs.values())).bincount(minlength=len(reports))
-    print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
-          f"{uses.max() / uses.sum():.1%} of the tiles, mean similarity "
-          f"{torch.cat(list(similarity.values())).mean():.3f}")
+        image_emb[split] = embed_tiles(clip, tiles[split], args)  # (N, d)
+        pairs[split], similarity[split] = nearest_text(image_emb[split], text_emb)  # (N,), (N,)
+    write_pairs(run, tiles, pairs, similarity, reports)
 
-    # ---- 2. Vision head h_v on the frozen backbone (the unimodal row); 3. text head on the paired reports -----------
-    if args.augment:
-        backbone.recipe |= AUTHORS_PCAM
-    image_of = tile_transform(**{key: value for key, value in backbone.recipe.items()
-                                 if key in ("size", "mean", "std", "interpolation")}).transforms
-    # resized and cropped by the workers, as uint8; made floats and normalised on the device
-    seen = {split: tiles[split].seen_by(v2.Compose(image_of[:3])) for split in SPLITS}
-    normalise = v2.Compose(image_of[3:])
-
-    def features():
-        return {split: outputs(backbone, seen[split], normalise, args) for split in SPLITS}           # (N, vision_dim)
-
-    heads_are_there = args.resume and found(run / "heads.pt")
-    v = None if heads_are_there else features()
-    if not heads_are_there:
-        t = {split: text_emb[pairs[split]] for split in SPLITS}                                       # (N, text_dim)
-        torch.manual_seed(args.sd)
-        vision_head = train_head(nn.Linear(v["train"].shape[1], len(classes)), v, labels, args.sd, args.head_steps)
-        text_head = train_head(text_classifier(clip.dim, len(classes)), t, labels, args.sd, args.head_steps)
-        with torch.no_grad():
-            heads = {"start": vision_head.state_dict(), "vision head": vision_head(v["test"]).softmax(dim=1),
-                     "text head": text_head(t["test"]).softmax(dim=1)}
-        save(run / "heads.pt", heads | clip_rows(clip, tile_emb, labels, classes, args))
-    heads = torch.load(run / "heads.pt", weights_only=True)
-
-    # ---- 4. Fuse and distil: LoRA on both towers, CE of the fused logits + lambda (1 - cos(t, t-hat)) ---------------
-    # Seeded anew and the text side built last: with and without text, everything else starts from the same numbers.
+    # 2. Vision head h_v on the frozen backbone: the unimodal row
+    v = {split: backbone_features(backbone, tiles[split], args) for split in SPLITS}  # (N, D)
     torch.manual_seed(args.sd)
-    model = ClipIT(backbone.requires_grad_(False), None, len(classes), heads["start"]["weight"].shape[1], clip.dim,
-                   args.kd_layers, fused="lora" not in args.baseline, random_fusion=args.random_fusion)
-    model.vision_head.load_state_dict(heads["start"])
-    fixed_backbone = not (args.lora_vision and adapt(model.backbone, "backbone", args)) and not args.augment
-    tokens = None
-    if not args.no_text and model.fused:
-        model.text_tower, tokens = clip.text_tower, clip.tokenize(reports)                            # (M, L)
-        fixed_text = not (args.lora_text and not args.detach_text and adapt(model.text_tower, "text tower", args))
-        if fixed_text and not args.drop_words:  # it never changes: its features are looked up, the tower is dropped
-            model.text_tower, tokens = nn.Embedding.from_pretrained(text_emb), torch.arange(len(reports))
-    # CLIP ends here, but for a text tower that the model holds
-    tokenize, clip = clip.tokenize, None
-    model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
-    towers = [tower for tower in (model.backbone, model.text_tower) if tower is not None]
-    for tower in towers:
-        if args.grad_checkpointing and hasattr(tower, "set_grad_checkpointing"):
-            tower.set_grad_checkpointing(True)
-        if args.compile:
-            tower.compile(dynamic=tower is not model.backbone)  # the number of distinct reports changes
-    counts = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-              "total": sum(p.numel() for p in model.parameters())}
-    held = json.loads((run / "args.json").read_text())
-    write_text(run / "args.json", json.dumps(held | {"parameters": counts}, indent=1))
-    print(f"training {counts['trained']:,} of {counts['total']:,} parameters for {args.ep} epochs")
-    inputs, prepare = seen, normalise
-    if args.augment:
-        inputs = seen | {"train": Augmented(seen["train"], args.sd)}
-    if fixed_backbone:  # its features never change either: they are the input
-        v, prepare, model.backbone = v or features(), nn.Identity(), nn.Identity()
-        inputs = {split: torch.utils.data.TensorDataset(v[split], labels[split]) for split in SPLITS}
-    try:
-        train_clipit(model, inputs, prepare, labels, pairs, tokens, reports, tokenize, args, run)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped in training; {run / 'last.pt'} holds the state of the last validation, and "
-                                "the same command with --resume goes on from it") from None
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise ValueError(f"--compile: torch cannot compile the model here ({str(error).strip().splitlines()[0]}); run "
-                         "without it") from None
+    vision_head = nn.Linear(backbone.num_features, len(classes))
+    train_head(vision_head, v, labels, args.sd)
 
-    # ---- 5. Text-free test: the saved classifier alone, LoRA merged, no text tower, no report, no CLIP --------------
-    model.backbone = backbone
-    written(run / "classifier", model.to_classifier(classes).save_pretrained)  # and again below, with its figures
-    classifier = Classifier.from_pretrained(run / "classifier").to(device)
-    test = outputs(classifier, seen["test"], normalise, args).softmax(dim=1)                          # (N, C)
-    write_predictions(run / "predictions.csv", tiles["test"], test)
-    name = ("LoRA with a plain head" if not model.fused else "CLIP-IT without text" if args.no_text else "CLIP-IT")
-    rows = {row: p for row, p in heads.items() if row != "start"} | {name: test}
-    rows = {row: scores(p, labels["test"]) for row, p in rows.items()}
-    facts = model_facts(name, rows, len(test), args)
-    written(run / "classifier", model.to_classifier(classes, facts).save_pretrained)
-    metrics = {"rows": rows,
-               "complementarity": complementarity(heads["vision head"], heads["text head"], labels["test"], classes),
-               "test_tiles": len(test), "classes": classes, "ds": args.ds, "model": args.model, "sd": args.sd,
-               "best": {key: value for key, value in torch.load(run / "last.pt", weights_only=True)["best"].items()
-                        if key != "model"}}
-    write_text(run / "metrics.json", json.dumps(finite(metrics), indent=1))
-    if RANK == 0:
-        write_report(metrics, run)
-    print_rows(metrics, run)
+    # 3. Text head on the paired reports: what the text knows of the classes
+    t = {split: text_emb[pairs[split]] for split in SPLITS}  # (N, d)
+    text_head = text_classifier(clip.dim, len(classes))
+    train_head(text_head, t, labels, args.sd)
+    p = {"vision head": vision_head(v["test"]).softmax(dim=1),  # (N, C)
+         "text head": text_head(t["test"]).softmax(dim=1)}
+    p |= clip_baselines(clip, image_emb, labels, classes, args)
+
+    # 4. Fuse and distil: LoRA; CE of the fused logits + lambda * (1 - cos(t, t-hat))
+    best = None
+    if args.ep:
+        model = build_model(backbone, clip, vision_head, args)
+        best = train_clipit(model, clip, tiles, pairs, reports, text_emb, args, run)
+
+        # 5. Text-free test: LoRA merged, no text tower, no report, no CLIP
+        classifier = model.to_classifier(classes).to(args.device)
+        p[variant(args)] = outputs(classifier, tiles["test"], args).softmax(dim=1)
+        write_predictions(run, tiles["test"], p[variant(args)])
+    metrics = {"rows": {name: scores(p[name], labels["test"]) for name in p},
+               "complementarity": complementarity(p["vision head"], p["text head"],
+                                                  labels["test"], classes),
+               "test_tiles": len(labels["test"]), "classes": classes, "ds": args.ds,
+               "model": args.model, "sd": args.sd, "best": best}
+    if args.ep:
+        write_classifier(run, model, metrics, args)
+    write_results(run, metrics, tiles, pairs, similarity, reports)
     return metrics
 
 
-# ---- The loops ------------------------------------------------------------------------------------------------------
+def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, args, run: Path):
+    """Step 4. Leaves the model in its best state by --monitor; returns that state's value and step.
 
-def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], seed: int, steps: int = 12500,
-               patience: int = 20) -> nn.Module:
-    """A head on features that were computed once, as kaiko-eva 0.1.2 trains its linear probe: AdamW 3e-4, batch 256, at
-    most 12,500 steps; the state of the lowest validation loss is kept, looked at every 1 % of the steps, and `patience`
-    looks without a lower one end it. features: split -> (N, D); labels: split -> (N,)."""
+    Epoch e visits the tiles in an order that seed and e alone decide, and the random numbers of a
+    step have a seed of their own: a resumed run goes on as if it had never stopped.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
+    optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay, fused=True)
+    n = len(tiles["train"])
+    epoch_steps = math.ceil(n / args.batch)
+    total = args.ep * epoch_steps
+    val_steps = max(round(args.val_every * epoch_steps), 1)
+    text = epoch_text = text_of(clip, reports, text_emb, args)  # (M, d), (M, L) or None
+    state, tracker = resume_training(run, model, optimizer, args), open_tracker(run, args)
+    step, sums, began = state["step"], {}, time.perf_counter()
+    bar = tqdm(total=total, initial=step, desc="train", leave=False, disable=None)
+    model.train()
+    while step < total and not state["stopped"]:
+        epoch, done = divmod(step, epoch_steps)
+        generator = torch.Generator().manual_seed(args.sd * 100_003 + epoch)
+        order = torch.randperm(n, generator=generator).split(args.batch)[done:]
+        if args.drop_words:
+            epoch_text = text_of(clip, reports, text_emb, args, epoch)
+        for images, labels, report, share in batches(tiles["train"], pairs["train"], order, args):
+            torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
+            logits, t_hat, t = forward(model, images, report, *epoch_text, args)
+            loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
+            parts = {"loss": loss.detach(), **parts}
+            stop_unless_finite(parts, step + 1, run)
+            (share * loss).backward()
+            sum_over_processes([p.grad for p in trained if p.grad is not None])
+            if args.clip:
+                nn.utils.clip_grad_norm_(trained, args.clip)
+            optimizer.step()
+            optimizer.zero_grad()  # now: kept through the next forward pass they would cost memory
+            step += 1
+            bar.update()
+            optimizer.param_groups[0]["lr"] = args.lr * decay(step / total, args)
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0) + share * value
+            if step % val_steps and step < total:
+                continue
+
+            # ---- Look at the validation split, keep the best state, write what --resume needs
+            sum_over_processes(list(sums.values()))
+            steps, seconds = step - state["step"], time.perf_counter() - began
+            line = {"step": step, "epoch": step / epoch_steps}
+            line |= {key: value.item() / steps for key, value in sums.items()}
+            line |= validate(model, tiles["val"], pairs["val"], text, args)
+            line |= {"lr": optimizer.param_groups[0]["lr"],
+                     "tiles_per_second": round(steps * args.batch / seconds, 1)}
+            update_best(state, line, model, args)
+            save_training(run, state, line, model, optimizer, args)
+            if tracker:
+                tracker.log(line, step=step)
+            if step // val_steps % args.log == 0 or step == total or state["stopped"]:
+                show(line, total)
+            sums, began = {}, time.perf_counter()
+            if state["stopped"]:
+                break
+    bar.close()
+    best = state["best"]
+    model.load_state_dict(best["model"], strict=False)  # the trained parameters; the rest stays
+    model.eval()
+    print(f"best {args.monitor} {best['value']:.4f} at step {best['step']} of {step}")
+    return {"value": best["value"], "step": best["step"]}
+
+
+def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tokens, args):
+    """images (B, 3, H, W), report (B,) -> logits (B, C), t-hat (B, d), t (B, d); fp32.
+
+    text_emb (M, d), tokens (M, L): of all reports; tokens are None where the text is fixed.
+    Distillation reaches the backbone and a trained text tower; cross-entropy never sees t.
+    """
+    with autocast(args):
+        logits, t_hat = model.fuse(model.backbone(images))
+        if args.no_text:
+            t = t_hat = None
+        elif tokens is None:  # a fixed text is looked up
+            t = text_emb[report]
+        else:  # tiles share reports: each distinct one is encoded once
+            used, row = report.unique(return_inverse=True)
+            t = model.text_tower(tokens[used])[row]
+    logits, t_hat, t = (x if x is None else x.float() for x in (logits, t_hat, t))
+    if "double-softmax" in args.authors:  # theirs: cross-entropy takes probabilities for logits
+        logits = logits.softmax(dim=1)
+    return logits, t_hat, t
+
+
+@torch.no_grad()
+def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> dict:
+    """The loss and its parts over the whole validation split, and accuracies. The prediction uses
+    the image alone; the reports enter the distillation part of the loss."""
+    model.eval()
+    order, rows = torch.arange(len(tiles)).split(args.batch), []
+    for images, _, report, _ in batches(tiles, pairs, order, args):
+        rows.append(forward(model, images, report, *text, args))
+    logits, t_hat, t = (None if parts[0] is None else gather(torch.cat(parts), len(tiles))
+                        for parts in zip(*rows))  # (N, C), (N, d), (N, d)
+    labels = torch.tensor(tiles.labels)
+    loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
+    metrics = scores(logits.softmax(dim=1), labels)
+    line = {"val_loss": loss.item()} | {f"val_{key}": x.item() for key, x in parts.items()}
+    line |= {"val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"]}
+    if t is not None:
+        tile_of = {report: tile for tile, report in enumerate(pairs.tolist())}  # one of each report
+        line["text_spread"] = text_spread(t[list(tile_of.values())])
+    model.train()
+    return line
+
+
+def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], seed: int,
+               steps: int = 12_500, patience: int = 20) -> None:
+    """Train a head on features computed once, as kaiko-eva 0.1.2 trains its linear probe: AdamW
+    3e-4, batch 256, at most 12,500 steps. Of 100 looks at the validation loss the state of the
+    lowest is kept; `patience` looks without a lower one end it.
+
+    features: split -> (N, D), labels: split -> (N,).
+    """
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    n, lowest, waited = len(labels["train"]), math.inf, 0
-    rows = (row for _ in iter(int, 1) for row in torch.randperm(n, generator=generator).split(256))
-    for step, row in zip(tqdm(range(1, steps + 1), "train head", leave=False, disable=None), rows):
-        loss = F.cross_entropy(head(features["train"][row]), labels["train"][row])
+    lowest, waited, best, order = math.inf, 0, head.state_dict(), []
+    for step in tqdm(range(1, steps + 1), "train head", leave=False, disable=None):
+        if not order:
+            order = list(torch.randperm(len(labels["train"]), generator=generator).split(256))
+        batch = order.pop(0)
+        loss = F.cross_entropy(head(features["train"][batch]), labels["train"][batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % max(steps // 100, 1) == 0:
-            with torch.no_grad():
-                val_loss = F.cross_entropy(head(features["val"]), labels["val"]).item()
-            waited += 1
-            if val_loss < lowest:
-                lowest, waited, best = val_loss, 0, {k: p.clone() for k, p in head.state_dict().items()}
-            if waited == patience:
-                break
+        if step % max(steps // 100, 1):
+            continue
+        with torch.no_grad():
+            val_loss = F.cross_entropy(head(features["val"]), labels["val"]).item()
+        waited += 1
+        if val_loss < lowest:
+            lowest, waited = val_loss, 0
+            best = {name: p.clone() for name, p in head.state_dict().items()}
+        if waited == patience:
+            break
     head.load_state_dict(best)
-    return head
+    head.requires_grad_(False)
 
 
-def clip_rows(clip, tile_emb: dict[str, Tensor], labels, classes: list[str], args) -> dict[str, Tensor]:
-    """--baseline's two reference rows, test probabilities (N, C) of the CLIP image tower: they tell what the retrieved
-    text can know of a tile. tile_emb: split -> (N, text_dim)."""
-    rows = {}
-    if "clip-probe" in args.baseline:
-        probe = train_head(nn.Linear(clip.dim, len(classes)), tile_emb, labels, args.sd, args.head_steps)
-        rows["CLIP linear probe"] = probe(tile_emb["test"]).softmax(dim=1).detach()
-    if "zeroshot" in args.baseline:  # CLIP's logits: cosines with a prompt a class, at the usual temperature of 1/100
-        names = DATASETS.get(args.ds, {}).get("prompts") or [re.sub(r"[_-]+", " ", name) for name in classes]
-        prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])                   # (C, text_dim)
-        rows["CLIP zero-shot"] = (100 * tile_emb["test"] @ prompts.T).softmax(dim=1)
-    return rows
+# ---- Metrics: probabilities p (N, C), labels (N,) -----------------------------------------------
+
+def scores(p: Tensor, labels: Tensor) -> dict:
+    """One row of the table. balanced_accuracy: mean recall of the classes (Table 1's "accuracy");
+    macro_f1: mean of 2 TP / (2 TP + FP + FN). Classes that do not occur count in neither."""
+    classes = p.shape[1]
+    cell = labels * classes + p.argmax(dim=1)
+    confusion = cell.bincount(minlength=classes ** 2).view(classes, classes)  # label, prediction
+    right, of_label, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    recall = right / of_label  # (C,)
+    return {"balanced_accuracy": recall.nanmean().item(),
+            "accuracy": (right.sum() / len(labels)).item(),
+            "macro_f1": (2 * right / (of_label + predicted)).nanmean().item(),
+            "macro_auroc": macro_auroc(p, labels),
+            "recall": recall.tolist(), "confusion": confusion.tolist()}
 
 
-def adapt(tower: nn.Module, name: str, args) -> bool:
-    """LoRA on the tower's layers of the kinds in --lora-targets; False where it has none, and it stays as it is."""
-    if not any(isinstance(layer, TARGETS[kind].adapts) for layer in tower.modules() for kind in args.lora_targets):
-        print(f"--lora-targets {' '.join(args.lora_targets)}: the {name} has no such layer and stays as it is")
-        return False
-    inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    return True
+def macro_auroc(p: Tensor, labels: Tensor) -> float:
+    """Mean one-against-rest area under the ROC curve, ties counted half, over the classes that have
+    tiles and are not all of them."""
+    areas = []
+    for label in range(p.shape[1]):
+        positive = labels == label
+        m, n = int(positive.sum()), int((~positive).sum())
+        if m and n:
+            _, place, counts = p[:, label].unique(return_inverse=True, return_counts=True)
+            rank = (counts.cumsum(0) - (counts - 1) / 2).double()  # the mean rank of equal scores
+            areas.append(((rank[place][positive].sum() - m * (m + 1) / 2) / (m * n)).item())
+    return sum(areas) / len(areas) if areas else math.nan
 
 
-def train_clipit(model: ClipIT, tiles: dict, prepare, labels, pairs, tokens, reports, tokenize, args, run: Path):
-    """Step 4. Leaves the model in its best state by --monitor, and last.pt, log.jsonl in the run's folder.
+def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    """Fig. 3: the tiles that the text model gets right and the vision model wrong, as count and
+    share, per class too. vision, text: probabilities (N, C)."""
+    wrong = vision.argmax(dim=1) != labels
+    gained = wrong & (text.argmax(dim=1) == labels)
 
-    tiles: split -> images (uint8), which `prepare` makes the backbone's input on the device; pairs: split -> report of
-    each tile (N,); tokens: (M, L) of all reports, or None without text. Epoch e visits the tiles in an order that seed
-    and e alone decide and the random numbers of a step come from its own seed, so that a resumed run goes on as if it
-    had never stopped. Of many processes each computes its share of every batch, and gradients are summed.
-    """
-    device, n = args.device, len(tiles["train"])
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
-    optimizer = torch.optim.Adam(trainable.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    steps_per_epoch = math.ceil(n / args.batch)
-    total = args.ep * steps_per_epoch
-    every = max(round(args.val_every * steps_per_epoch), 1)
-    scheduler = None
-    if args.scheduler:  # down to a tenth, the authors' 1e-4; by step, where theirs went by epoch and so stood still
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=args.lr / 10)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    shares: list[list[int]] = []  # the tiles of each batch that are this process's
-    persistent = args.worker > 0 and not args.augment  # Augmented tells its workers the epoch when they start
-    loader = batches(tiles["train"], args, batch_sampler=shares, persistent_workers=persistent)
-    val_loader = batches(own_share(tiles["val"]), args, batch_size=args.batch, persistent_workers=args.worker > 0)
-    sign = -1 if args.mod == "max" else 1
-    state = {"step": 0, "waited": 0, "log_bytes": 0, "best": {"value": math.inf * sign, "step": 0}, "stopped": False}
-
-    def trained_state():
-        return {name: p.detach().cpu().clone() for name, p in trainable.items()}
-
-    def keep_state(step):
-        """last.pt: everything that the next step depends on."""
-        state.update(step=step, model=trained_state(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     scheduler=scheduler and scheduler.state_dict(), log_bytes=os.path.getsize(run / "log.jsonl"))
-        save(run / "last.pt", state)
-
-    def stop_unless_finite(step, parts):
-        """Before anything is made of a step: a loss that is not finite ends the run, last.pt stays as it was."""
-        if not all(math.isfinite(x) for x in parts.values()):
-            raise FloatingPointError(
-                f"not finite at step {step}: " + "".join(f"{key} {x:.4g}, " for key, x in parts.items())
-                + f"lr {optimizer.param_groups[0]['lr']:.3g}; {run / 'last.pt'} holds the last good state, of step "
-                f"{state['step']}; try a lower --lr")
-
-    if args.resume and found(run / "last.pt"):
-        state = torch.load(run / "last.pt", weights_only=True)
-        load_trainable(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if scheduler:
-            scheduler.load_state_dict(state["scheduler"])
-        os.truncate(run / "log.jsonl", state["log_bytes"])
-        print(f"going on from step {state['step']} of {total}")
-    else:
-        write_text(run / "log.jsonl", "")
-        keep_state(0)
-
-    trackers = open_trackers(args, run)
-    step, sums, since = state["step"], {}, time.perf_counter()
-    bar = tqdm(total=total, initial=step, desc="train", leave=False, disable=None)
-    while step < total and not state["stopped"]:
-        epoch, offset = divmod(step, steps_per_epoch)
-        generator = torch.Generator().manual_seed(args.sd * 100_003 + epoch)
-        tiles["train"].epoch = epoch  # for Augmented
-        whole = torch.randperm(n, generator=generator).split(args.batch)[offset:]
-        shares[:] = [batch[own_rows(len(batch))].tolist() for batch in whole]
-        model.train()
-        for (images, target), batch, share in zip(on_device(loader, prepare, args), whole, shares):
-            torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
-            with autocast(args):
-                if tokens is None:
-                    (logits, t_hat), t = model.fuse(model.backbone(images)), None
-                else:
-                    text, report = distinct_reports(share, epoch, pairs["train"], tokens, reports, tokenize, args)
-                    if not isinstance(model.text_tower, TextTower):  # which reads their lengths before it moves them
-                        text = text.to(device, non_blocking=True)
-                    logits, t_hat, t = model.forward_train(images, text, report.to(device, non_blocking=True))
-            loss, parts = loss_of(logits, target, t_hat, t, args)
-            parts = {"loss": loss.detach(), **parts}
-            if device.type == "cpu":  # elsewhere looking would wait for the device: then the sums below tell
-                stop_unless_finite(step + 1, parts)
-            weight = len(batch[RANK::WORLD]) / len(batch)  # 0 where a small batch leaves nothing to this process
-            scaler.scale(weight * loss).backward()
-            sum_gradients(trainable.values())
-            scaler.unscale_(optimizer)
-            if args.clip:
-                nn.utils.clip_grad_norm_(trainable.values(), args.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()  # now: gradients kept through the next forward pass would cost a tenth of the memory
-            if scheduler:
-                scheduler.step()
-            step += 1
-            bar.update()
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0) + weight * value
-            if step % every and step < total:
-                continue
-
-            sums = {key: summed(value).item() / (step - state["step"]) for key, value in sums.items()}
-            speed = (step - state["step"]) * args.batch / (time.perf_counter() - since)
-            stop_unless_finite(step, sums)
-            val = validate(model, val_loader, prepare, labels["val"], pairs["val"], tokens, args)
-            stop_unless_finite(step, {key: x for key, x in val.items() if key in ("val_loss", "val_ce", "val_kd")})
-            line = {"step": step, "epoch": step / steps_per_epoch, **sums, **val, "lr": optimizer.param_groups[0]["lr"],
-                    "tiles_per_second": round(speed, 1)}
-            sums, since = {}, time.perf_counter()
-            if RANK == 0:
-                with open(run / "log.jsonl", "a") as log:
-                    log.write(json.dumps(finite(line)) + "\n")
-            for track in trackers:
-                track(line, step)
-            state["waited"] += 1
-            if sign * val[args.monitor] < sign * state["best"]["value"]:
-                if sign * val[args.monitor] < sign * state["best"]["value"] - args.delta:
-                    state["waited"] = 0
-                state["best"] = {"value": val[args.monitor], "step": step, "model": trained_state()}
-            state["stopped"] = bool(args.early) and state["waited"] >= args.patience
-            keep_state(step)
-            if args.chkpnt:
-                save(run / f"step_{step}.pt", state["model"])
-            if (step // every) % args.log == 0 or step == total or state["stopped"]:
-                tqdm.write(f"step {step}/{total}  " + "  ".join(
-                    f"{key} {line[key]:.4f}" for key in ("loss", "ce", "kd", "val_loss", "val_bacc") if key in line))
-            if state["stopped"]:
-                print(f"--early: {args.monitor} has not improved by more than {args.delta} in {args.patience} looks")
-                break
-            model.train()
-    bar.close()
-    load_trainable(model, state["best"].get("model", state["model"]))
-    print(f"best {args.monitor} {state['best']['value']:.4f} at step {state['best']['step']} of {step}")
-    model.eval()
-
-
-def distinct_reports(share: list[int], epoch: int, pairs: Tensor, tokens, reports, tokenize, args):
-    """Tokens (R, L) of the distinct reports of these training tiles, and the row of each tile's own (B,)."""
-    if args.drop_words:
-        texts = [drop_words(reports[pairs[i]], args.drop_words, f"{args.sd} {epoch} {i}") for i in share]
-        distinct = list(dict.fromkeys(texts))
-        return tokenize(distinct), torch.tensor([distinct.index(text) for text in texts])
-    used, report = pairs[share].unique(return_inverse=True)
-    return tokens[used], report
-
-
-def loss_of(logits: Tensor, labels: Tensor, t_hat, t, args):
-    """clipit_loss in fp32 with this run's lambda, of logits or, with --double-softmax, the authors' probabilities."""
-    logits, t_hat, t = (x if x is None else x.float() for x in (logits, t_hat, t))
-    return clipit_loss(logits.softmax(dim=1) if args.double_softmax else logits, labels, t_hat, t, args.kd_weight)
-
-
-@torch.no_grad()
-def validate(model: ClipIT, loader: DataLoader, prepare, labels: Tensor, pairs: Tensor, tokens, args) -> dict:
-    """The loss and its parts over the whole validation split, and accuracies. The prediction uses the image alone; the
-    reports are encoded, each distinct one once, only for the distillation part of the loss."""
-    model.eval()
-    with autocast(args):
-        parts = [model.fuse(model.backbone(images)) for images, _ in on_device(loader, prepare, args)]
-        logits, t_hat, t, spread = gathered([logits for logits, _ in parts], len(labels), args), None, None, {}
-        if tokens is not None:
-            t_hat = gathered([t_hat for _, t_hat in parts], len(labels), args)
-            used, report = pairs.unique(return_inverse=True)
-            own = tokens[used[own_rows(len(used))]].split(args.batch)
-            texts = [model.text_tower(part.to(args.device)) for part in own]
-            texts = gathered(texts, len(used), args)
-            t, spread = texts[report], {"text_spread": text_spread(texts)}
-    loss, parts = loss_of(logits, labels, t_hat, t, args)
-    metrics = scores(logits.softmax(dim=1), labels)
-    return {"val_loss": loss.item(), **{f"val_{k}": x.item() for k, x in parts.items()},
-            "val_acc": metrics["accuracy"], "val_bacc": metrics["balanced_accuracy"], **spread}
+    def count(among):
+        tiles = int(gained[among].sum())
+        return {"tiles": tiles, "share": tiles / max(int(among.sum()), 1)}
+    return {**count(torch.ones_like(wrong)), "share_of_vision_errors": count(wrong)["share"],
+            "per_class": {name: count(labels == label) for label, name in enumerate(classes)}}
 
 
 def text_spread(features: Tensor) -> float:
-    """1 - mean cosine of two different rows of (R, dim): 0 where all reports have collapsed to one direction."""
+    """1 - mean cosine of two different rows of (R, d): 0 where all reports have one direction."""
     count, total = len(features), F.normalize(features.double(), dim=1).sum(dim=0)
-    return 1 - ((total @ total - count) / (count * (count - 1))).item() if count > 1 else math.nan
+    return 1 - ((total @ total - count) / max(count * (count - 1), 1)).item()
+
+
+# ==== What a run needs beside the method =========================================================
+
+def load_models(args):
+    """CLIP and the backbone on the device; from here on the same seed gives the same numbers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.allow_tf32 = False  # where fp32 is asked for, and pairing always is
+    torch.manual_seed(args.sd)  # of random weights, where they are asked for
+    if not args.download:
+        dataset_folder(args.ds, args.data_dir)  # refused before anything is loaded
+    clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
+    clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
+    return clip, load_backbone(args.model, args.weights).to(args.device)
+
+
+def load_data(backbone: nn.Module, args):
+    """(tiles, labels, reports): split -> Tiles as the backbone sees them, split -> (N,), texts."""
+    if args.download:
+        download(args.ds, args.reports, args.data_dir)
+    reports, tiles = load_reports(args.reports, args.data_dir), {}
+    for split in SPLITS:
+        part = load_tiles(args.ds, split, args.data_dir, backbone.preprocess, args.val_int)
+        if args.limit:
+            part = part.take(stratified_split(part.labels, args.limit, args.sd)[1])
+        if args.shots and split == "train":
+            part = part.take(draw_shots(part.labels, args.shots, args.sd))
+        tiles[split] = part
+        print(f"{args.ds}: {len(part)} {split} tiles of {len(part.classes)} classes")
+    return tiles, {split: torch.tensor(tiles[split].labels) for split in SPLITS}, reports
+
+
+def embed_reports(clip, reports: list[str], args) -> Tensor:
+    """CLIP features of the reports, (M, d)."""
+    key = [args.clip_model, reports]
+    return cached("report", clip.text_tower, key, lambda: embed_texts(clip, reports), args)
+
+
+def embed_tiles(clip, tiles: Tiles, args) -> Tensor:
+    """CLIP features of the tiles, (N, d). The first look at every tile: one that cannot be read
+    ends the run here."""
+    tiles = tiles.with_transform(clip.preprocess)
+
+    def compute():
+        return gather(embed_images(clip, shard(tiles), args.batch, args.worker), len(tiles))
+    return cached("tile", clip.image_tower, tile_facts(tiles), compute, args)
+
+
+def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
+    """Features of the frozen backbone, (N, D)."""
+    key = [args.amp, *tile_facts(tiles)]
+    return cached("backbone", backbone, key, lambda: outputs(backbone, tiles, args), args)
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, tiles: Tiles, prepare, args) -> Tensor:
-    """The model's output for every tile, (N, ...) fp32 on the CPU, in order."""
-    loader = on_device(batches(own_share(tiles), args, batch_size=args.batch), prepare, args)
+def outputs(model: nn.Module, tiles: Tiles, args) -> Tensor:
+    """The output of a backbone or a classifier for every tile, (N, ...) fp32 on the CPU."""
+    generator, rows = torch.Generator(), []  # the workers' seed is not drawn from the run's
+    loader = DataLoader(shard(tiles), args.batch, num_workers=args.worker, generator=generator)
     with autocast(args):
-        return gathered([model(images) for images, _ in tqdm(loader, "tiles", leave=False, disable=None)],
-                        len(tiles), args)
+        for images, _ in tqdm(loader, "tiles", leave=False, disable=None):
+            rows.append(model(images.to(args.device)).float())
+    return gather(torch.cat(rows), len(tiles))
 
 
-def batches(tiles, args, **kwargs) -> DataLoader:
-    """(images, labels), decoded by the workers. Its seed for workers comes from a generator of its own, so that the
-    random numbers of training depend neither on the workers nor on how often tiles were read."""
-    return DataLoader(tiles, num_workers=args.worker, generator=torch.Generator(),
-                      pin_memory=args.device.type == "cuda", **kwargs)
+def clip_baselines(clip, image_emb, labels, classes: list[str], args) -> dict[str, Tensor]:
+    """--baseline's rows of the CLIP image tower, test probabilities (N, C): what its features, by
+    which the reports were found, know themselves. image_emb: split -> (N, d)."""
+    p = {}
+    if "clip-probe" in args.baseline:
+        probe = nn.Linear(clip.dim, len(classes))
+        train_head(probe, image_emb, labels, args.sd)
+        p["CLIP linear probe"] = probe(image_emb["test"]).softmax(dim=1)
+    if "zeroshot" in args.baseline:  # cosines with a prompt a class, at the usual temperature 1/100
+        names = DATASETS.get(args.ds, {}).get("prompts", classes)
+        prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])  # (C, d)
+        p["CLIP zero-shot"] = (100 * image_emb["test"] @ prompts.T).softmax(dim=1)
+    return p
 
 
-def on_device(loader: DataLoader, prepare, args):
-    """The loader's batches on the device, where prepare makes floats of the uint8 images."""
-    for images, labels in loader:
-        images = prepare(images.to(args.device, non_blocking=True))
-        if args.device.type == "cuda" and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        yield images, labels.to(args.device, non_blocking=True)
+def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> ClipIT:
+    """ClipIT with LoRA where --lora-vision and --lora-text ask for it. Seeded anew, and the text
+    side last: with and without text, everything else starts from the same numbers."""
+    torch.manual_seed(args.sd)
+    model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
+                   vision_head.in_features, clip.dim, args.kd_layers,
+                   fused="lora" not in args.baseline, random_fusion="random-fusion" in args.authors)
+    model.vision_head.load_state_dict(vision_head.state_dict())
+    lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
+    if args.lora_vision:
+        inject_lora(backbone, *lora)
+    if args.lora_text and not args.no_text:
+        model.text_tower = clip.text_tower
+        inject_lora(clip.text_tower, *lora)
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing(True)
+    clip.image_tower = None  # its part has ended
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+    return model.to(args.device)
 
 
-def autocast(args):
-    """--amp: matrix products in bf16 or fp16; parameters, their updates and the loss stay fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
+def variant(args) -> str:
+    """What the row of the trained model is called."""
+    if "lora" in args.baseline:
+        return "LoRA with a plain head"
+    return "CLIP-IT without text" if args.no_text else "CLIP-IT"
 
 
-# ---- Many processes: tile i belongs to process i % WORLD; where there is one, nothing here does anything -------------
-
-def own_rows(n: int) -> list[int]:
-    """The rows of n that are this process's; one that has none computes the first, which then counts nothing."""
-    return list(range(RANK, n, WORLD)) or [0]
-
-
-def own_share(tiles):
-    return tiles if WORLD == 1 else torch.utils.data.Subset(tiles, own_rows(len(tiles)))
-
-
-def summed(x: Tensor) -> Tensor:
-    """x summed over the processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
+def batches(tiles: Tiles, pairs: Tensor, order, args):
+    """(images (B, 3, H, W), labels (B,), report (B,), share) on the device for every batch of
+    indices in `order`; of many processes each gets its tiles of a batch, and their share of it."""
+    loader = DataLoader(StackDataset(tiles, pairs), num_workers=args.worker,
+                        batch_sampler=[own_rows(batch.tolist()) for batch in order],
+                        generator=torch.Generator(), pin_memory=args.device.type == "cuda")
+    for batch, ((images, labels), report) in zip(order, loader):
+        share = len(batch[RANK::WORLD]) / len(batch)
+        yield *(x.to(args.device, non_blocking=True) for x in (images, labels, report)), share
 
 
-def gathered(parts: list[Tensor], n: int, args) -> Tensor:
-    """All n rows in order, fp32 on the CPU, from the parts that each process has of its own share. Exact: every row
-    is summed with zeros."""
-    rows = torch.cat([part.float() for part in parts])
-    if WORLD > 1:
-        whole = torch.zeros(n, *rows.shape[1:], device=args.device)
-        whole[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))].to(args.device)
-        rows = summed(whole)
-    return rows.cpu()
-
-
-def sum_gradients(parameters) -> None:
-    if WORLD > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        whole = summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, whole.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
-
-
-def found(path: Path) -> bool:
-    """Whether the file is there: asked by all processes before any of them goes on and may write it."""
-    there = path.exists()
-    wait_for_all()
-    return there
-
-
-def wait_for_all() -> None:
-    if WORLD > 1:
-        dist.barrier()
+def text_of(clip, reports: list[str], text_emb: Tensor, args, epoch: int | None = None):
+    """(features (M, d), tokens (M, L), None where the text is fixed) of all reports on the device;
+    in an epoch under --drop-words, of what is left of each."""
+    tokens, dropped = None, epoch is not None
+    if dropped:
+        reports = [drop_words(report, args.drop_words, f"{args.sd} {epoch} {i}")
+                   for i, report in enumerate(reports)]
+    if args.lora_text and not args.no_text:
+        tokens = clip.tokenize(reports).to(args.device)
+    elif dropped:
+        text_emb = embed_texts(clip, reports)
+    return text_emb.to(args.device), tokens
 
 
 def drop_words(report: str, share: float, seed: str) -> str:
     """The report without `share` of its words, drawn at random by seed; one word stays at least."""
     words = report.split()
-    keep = max(round(len(words) * (1 - share)), 1)
-    return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), keep)))
+    count = max(round(len(words) * (1 - share)), 1)
+    return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), count)))
 
 
-def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy the trained parameters (LoRA and heads) into the model; the frozen ones are not in the state."""
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
+def autocast(args):
+    """--amp: matrix products in bf16; parameters, their updates and the loss stay fp32."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
 
-# ---- Metrics: probabilities (N, C), labels (N,) -> float; nan where undefined ---------------------------------------
-
-def balanced_accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean recall over the classes that occur in the labels (Table 1's "accuracy")."""
-    return per_class_recall(probabilities, labels).nanmean().item()
-
-
-def per_class_recall(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(C,) share of each class's tiles that are predicted as it; nan for a class without tiles."""
-    counts = confusion(probabilities, labels).double()
-    return counts.diag() / counts.sum(dim=1)
+def decay(done: float, args) -> float:
+    """The factor of the learning rate; --scheduler 1: a cosine by step down to a tenth. (The
+    authors' goes by epoch over 12,500 epochs and so stands still.)"""
+    return 0.55 + 0.45 * math.cos(math.pi * done) if args.scheduler else 1.0
 
 
-def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of the tiles that are predicted right."""
-    return (probabilities.argmax(dim=1) == labels).double().mean().item()
+# ---- Many processes: row i is process i % WORLD's; of one process nothing here does anything ----
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in the labels or the predictions."""
-    counts = confusion(probabilities, labels).double()
-    return (2 * counts.diag() / (counts.sum(dim=0) + counts.sum(dim=1))).nanmean().item()
+def own_rows(rows):
+    """This process's part of a list; one that has none computes the first row, for nothing."""
+    return list(rows[RANK::WORLD]) or list(rows[:1])
 
 
-def macro_auroc(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean one-against-rest area under the ROC curve, ties counted half, over the classes that have tiles and are not
-    all of them."""
-    areas = []
-    for label in range(probabilities.shape[1]):
-        positive = labels == label
-        p, q = int(positive.sum()), int((~positive).sum())
-        if p and q:
-            _, place, counts = probabilities[:, label].unique(return_inverse=True, return_counts=True)
-            rank = (counts.cumsum(0) - (counts - 1) / 2).double()  # the mean rank of equal scores
-            areas.append(((rank[place][positive].sum() - p * (p + 1) / 2) / (p * q)).item())
-    return sum(areas) / len(areas) if areas else math.nan
+def shard(tiles: Tiles) -> Subset:
+    return Subset(tiles, own_rows(range(len(tiles))))
 
 
-def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(C, C) counts: row = label, column = prediction."""
-    classes = probabilities.shape[1]
-    return (labels * classes + probabilities.argmax(dim=1)).bincount(minlength=classes ** 2).view(classes, classes)
-
-
-def scores(probabilities: Tensor, labels: Tensor) -> dict:
-    """One row of the table, with the recall of every class and the confusion counts."""
-    return {"balanced_accuracy": balanced_accuracy(probabilities, labels), "accuracy": accuracy(probabilities, labels),
-            "macro_f1": macro_f1(probabilities, labels), "macro_auroc": macro_auroc(probabilities, labels),
-            "recall": per_class_recall(probabilities, labels).tolist(),
-            "confusion": confusion(probabilities, labels).tolist()}
-
-
-def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
-    """Fig. 3: the tiles that the text model gets right and the vision model wrong, as count and share, per class too.
-    vision, text: probabilities (N, C)."""
-    wrong = vision.argmax(dim=1) != labels
-    gained = wrong & (text.argmax(dim=1) == labels)
-
-    def count(of):
-        return {"tiles": int(gained[of].sum()), "share": int(gained[of].sum()) / max(int(of.sum()), 1)}
-    return {**count(torch.ones_like(wrong)), "share_of_vision_errors": count(wrong)["share"],
-            "per_class": {name: count(labels == label) for label, name in enumerate(classes)}}
-
-
-# ---- Tiles of a run, its folder and its files -----------------------------------------------------------------------
-
-def pick_tiles(split: str, args) -> Tiles:
-    """The tiles of a split that this run uses: --limit's share, --shots a class in training, none unreadable."""
-    tiles = load_tiles(args.ds, split, args.data_dir, val_fraction=args.val_int)
-    if args.limit:
-        tiles = tiles.take(stratified_split(tiles.labels, args.limit, args.sd)[1])
-    if args.shots and split == "train":
-        tiles = tiles.take(draw_shots(tiles.labels, args.shots, args.sd))
-    bad = find_bad_tiles(tiles, args.worker)
-    if bad and not args.skip_bad:
-        raise ValueError(f"{next(iter(bad.values()))}\n{len(bad)} such file(s) among the {split} tiles; mend or remove "
-                         "them, or go on without them with --skip-bad")
-    if bad:
-        print(f"--skip-bad: {len(bad)} unreadable {split} tile(s) left out, the first: {next(iter(bad.values()))}")
-        tiles = tiles.take([i for i in range(len(tiles)) if i not in bad])
-        if set(tiles.labels) != set(range(len(tiles.classes))):
-            raise ValueError(f"--skip-bad: a class of the {split} tiles has no readable tile left")
-    return tiles
-
-
-class Augmented(torch.utils.data.Dataset):
-    """Training tiles with the authors' PCAM augmentation after resizing and cropping. What is drawn depends on seed,
-    epoch and tile alone: not on the batch, the number of workers or where a run was resumed."""
-
-    def __init__(self, tiles: Tiles, seed: int):
-        resize_crop, rest = tiles.transform.transforms[:3], tiles.transform.transforms[3:]  # see tile_transform
-        self.tiles = tiles.seen_by(v2.Compose([*resize_crop, AUTHORS_PCAM_CHANGES, *rest]))
-        self.seed, self.epoch = seed, 0
-
-    def __len__(self):
-        return len(self.tiles)
-
-    def __getitem__(self, index):
-        with torch.random.fork_rng(devices=()):  # transforms draw from the global generator of the CPU
-            torch.default_generator.manual_seed(random.Random(f"{self.seed} {self.epoch} {index}").getrandbits(63))
-            return self.tiles[index]
-
-
-def open_run(args, tiles, reports) -> Path:
-    """Make DIR/OUTPUT/RUN with args.json. A folder that holds another configuration is left as it is (ValueError)."""
-    run = Path(args.dir, args.output, args.run)
-    lines = [f"{path} {label}" for split in SPLITS for path, label in zip(tiles[split].paths, tiles[split].labels)]
-    config = {key: value for key, value in vars(args).items() if key not in PLACES}
-    config |= {name: hashlib.sha256("\n".join(what).encode()).hexdigest()
-               for name, what in (("tiles", lines), ("reports_text", reports))}
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its sum over the processes, in place."""
+    if WORLD == 1:
+        return
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    whole = torch.cat([x.detach().flatten() for x in tensors]).to(device)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if (run / "args.json").exists():
-            held = json.loads((run / "args.json").read_text())["config"]
-            other = [f"{key} {held.get(key)!r} there, {config.get(key)!r} now" for key in {**config, **held}
-                     if held.get(key) != config.get(key)]
-            if other:
-                raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(other[:3])}); give another "
-                                 "--run, or remove that folder")
-        elif args.resume:
-            print(f"--resume: there is nothing in {run} yet; starting from the beginning")
-        if not args.resume and RANK == 0:  # the same again: its old results go first, so that none can be mistaken
-            shutil.rmtree(run / "classifier", ignore_errors=True)
-            for name in ("metrics.json", "predictions.csv", "heads.pt", "last.pt", "log.jsonl", "pairs.csv",
-                         "pairs.html", "report.html"):
-                (run / name).unlink(missing_ok=True)
-        places = {key: value for key, value in vars(args).items() if key in PLACES}
-        held = {"config": config, "places": places} | versions()
-        write_text(run / "args.json", json.dumps(held, indent=1, default=str))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--dir {args.dir}: the run's folder {run} cannot be written or read "
-                         f"({type(error).__name__}: {error}); give another --dir") from None
-    return run
+        dist.all_reduce(whole)
+    except RuntimeError:
+        raise ConnectionError("another process of the run has ended; mend what it says, and the "
+                              "same command with --resume goes on") from None
+    for x, part in zip(tensors, whole.split([x.numel() for x in tensors])):
+        x.detach().copy_(part.view_as(x))
 
 
-def versions() -> dict:
-    """Of Python and the packages whose numbers a result depends on, and the git commit of this file, if any."""
-    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "open_clip_torch", "pillow")}
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {"versions": {"python": sys.version.split()[0], **packages}, "commit": git and git.stdout.strip() or None}
+def gather(rows: Tensor, n: int) -> Tensor:
+    """All n rows in order, on the CPU, of what each process has of its own: a sum with zeros."""
+    if WORLD > 1:
+        whole = torch.zeros(n, *rows.shape[1:], device=rows.device)
+        whole[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))]
+        sum_over_processes([whole])
+        rows = whole
+    return rows.cpu()
 
 
-def open_trackers(args, run: Path) -> list:
-    """What --tensorboard and --wandb ask for, each as a function of a log line and its step."""
-    trackers = []
-    if RANK:
-        return trackers
-    try:
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(run / "tensorboard")
-            trackers.append(lambda line, step: [writer.add_scalar(key, x, step) for key, x in line.items()])
-        if args.wandb:
-            import wandb
-            project = wandb.init(project="clip-it", name=f"{args.output}/{args.run}", dir=run, config=vars(args))
-            trackers.append(lambda line, step: project.log(line, step=step))
-    except ImportError as error:
-        raise ValueError(f"{'--wandb' if args.wandb else '--tensorboard'}: its package is not installed ({error}); "
-                         f"pip install {'wandb' if args.wandb else 'tensorboard'}") from None
-    return trackers
-
-
-def written(path: Path, write) -> None:
-    """write(a temporary name), then renamed: a killed run leaves the old file or the new one. Every process comes here;
-    the first one writes, the others wait for it."""
+def write_file(path: Path, write) -> None:
+    """write(a temporary name), then renamed: a killed run leaves the old file or the new one. The
+    first process writes, the others wait for it."""
     if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".tmp")
-        if part.is_dir():
-            shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
         write(part)
         if path.is_dir():  # a folder cannot be renamed over another
             shutil.rmtree(path)
         os.replace(part, path)
-    wait_for_all()
+    if WORLD > 1:
+        dist.barrier()
 
 
-def model_facts(name: str, rows: dict[str, dict], test_tiles: int, args) -> dict:
-    """What config.json and the model card tell of the run: see Classifier. Folders and files without their paths."""
-    row, text = DATASETS.get(args.ds, {}), name == "CLIP-IT"
-    shown = {of: {key: x for key, x in rows[of].items() if isinstance(x, float)} for of in ("vision head", name)}
-    return finite({
-        "data": row.get("title", Path(args.ds).resolve().name), "licence": row.get("licence", "not known here"),
-        "reports": Path(args.reports).name if text else None, "variant": name, "test_tiles": test_tiles,
-        "clip_model": re.sub("(?<=local-dir:).*/", "", args.clip_model.rstrip("/")) if text else None,
-        "metrics": shown[name], "unimodal": shown["vision head"]})
+# ---- The cache: features are computed once for the same tiles and weights -----------------------
+
+def cached(kind: str, tower: nn.Module, key: list, compute, args) -> Tensor:
+    """compute()'s tensor, kept in DIR/cache under a hash of the tower's weights and of all else
+    that it depends on (key). The folder may be removed at any time."""
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for name, value in tower.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    path = Path(args.dir, "cache", f"{kind}-{digest.hexdigest()[:16]}.pt")
+    try:
+        tensor = torch.load(path, weights_only=True)
+        print(f"{kind} features: from the cache")
+    except Exception:  # none there, or whatever is wrong with it: computing mends it
+        print(f"{kind} features: computed")
+        tensor = compute()
+        write_file(path, lambda part: torch.save(tensor, part))
+    return tensor
+
+
+def tile_facts(tiles: Tiles) -> list:
+    """How the images are made, and path, size and time of their files (FILE.h5#17: of FILE.h5)."""
+    facts = [re.sub(" at 0x[0-9a-f]+", "", repr(tiles.transform))]  # without a function's address
+    for path in tiles.paths:
+        file = os.stat(re.sub(r"(?<=\.h5)#\d+$", "", path))
+        facts.append((path, file.st_size, file.st_mtime_ns))
+    return facts
+
+
+# ---- A run's folder and its files ---------------------------------------------------------------
+
+# Flags that say where and how a run is made, not what it is: they may change when it is resumed
+PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log",
+          "table", "wandb", "grad_checkpointing")
+RESULTS = ("metrics.json", "predictions.csv", "last.pt", "log.jsonl", "pairs.csv", "report.html")
+
+
+def open_run(args, tiles, reports: list[str]) -> Path:
+    """Join the processes and make DIR/OUTPUT/RUN with args.json. A folder that holds another
+    configuration is left as it is (ValueError)."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    run = Path(args.dir, args.output, args.run)
+    config = {key: value for key, value in vars(args).items() if key not in PLACES}
+    inputs = [reports, *([tiles[split].paths, tiles[split].labels] for split in SPLITS)]
+    config["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    if (run / "args.json").exists():
+        before = json.loads((run / "args.json").read_text())["config"]
+        for key in config:
+            if before.get(key) != config[key]:
+                raise ValueError(f"{run}: holds a run of another configuration ({key} "
+                                 f"{before.get(key)!r} there, {config[key]!r} now); give another "
+                                 "--run, or remove that folder")
+    if not args.resume and RANK == 0:  # old results go first, so that none can be mistaken
+        shutil.rmtree(run / "classifier", ignore_errors=True)
+        for name in RESULTS:
+            (run / name).unlink(missing_ok=True)
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
+    versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
+    places = {key: str(getattr(args, key)) for key in PLACES}
+    facts = {"config": config, "places": places, "versions": versions}
+    write_text(run / "args.json", json.dumps(facts, indent=1))
+    return run
+
+
+def resume_training(run: Path, model: ClipIT, optimizer, args) -> dict:
+    """Where training stands: what last.pt says with --resume, otherwise at its start."""
+    if args.resume and (run / "last.pt").exists():
+        saved = torch.load(run / "last.pt", weights_only=True)
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        if RANK == 0:
+            os.truncate(run / "log.jsonl", saved["log_bytes"])
+        print(f"going on from step {saved['state']['step']}")
+        return saved["state"]
+    write_file(run / "log.jsonl", Path.touch)
+    return {"step": 0, "waited": 0, "stopped": False, "best": None}
+
+
+def save_training(run: Path, state: dict, line: dict, model: ClipIT, optimizer, args) -> None:
+    """Add the line to log.jsonl and write last.pt: everything that the next step depends on."""
+    state["step"] = line["step"]
+    if RANK == 0:
+        with open(run / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+    weights = trained_state(model)
+    saved = {"state": state, "model": weights, "optimizer": optimizer.state_dict(),
+             "log_bytes": os.path.getsize(run / "log.jsonl")}
+    write_file(run / "last.pt", lambda part: torch.save(saved, part))
+    if args.chkpnt:
+        write_file(run / f"step_{line['step']}.pt", lambda part: torch.save(weights, part))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained parameters: LoRA and heads."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()
+            if p.requires_grad}
+
+
+def update_best(state: dict, line: dict, model: ClipIT, args) -> None:
+    """Keep the state of the best --monitor; --early stops after --patience looks without a better
+    one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
+    value, gain = line[args.monitor], math.inf
+    if state["best"]:
+        gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
+    if gain > 0:
+        state["best"] = {"value": value, "step": line["step"], "model": trained_state(model)}
+    state["waited"] = 0 if gain > args.delta else state["waited"] + 1
+    state["stopped"] = bool(args.early) and state["waited"] >= args.patience
+
+
+def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
+    if not all(math.isfinite(value) for value in parts.values()):
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in parts.items())
+        raise FloatingPointError(f"not finite at step {step}: {figures}; try a lower --lr\n"
+                                 f"{run / 'last.pt'} holds the state of the last validation")
+
+
+def open_tracker(run: Path, args):
+    """--wandb: its run, whose log() takes the lines of log.jsonl; otherwise None."""
+    if not args.wandb or RANK:
+        return None
+    import wandb
+    return wandb.init(project="clip-it", name=run.name, dir=run, config=vars(args))
+
+
+def show(line: dict, total: int) -> None:
+    keys = ("loss", "ce", "kd", "val_loss", "val_bacc", "text_spread")
+    figures = "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line)
+    tqdm.write(f"step {line['step']}/{total}  {figures}")
 
 
 def write_text(path: Path, text: str) -> None:
-    written(path, lambda part: part.write_text(text))
-
-
-def save(path: Path, state) -> None:
-    written(path, lambda part: torch.save(state, part))
+    write_file(path, lambda part: part.write_text(text, "utf-8", "replace"))
 
 
 def write_csv(path: Path, header: list[str], rows) -> None:
-    def write(part):
-        with open(part, "w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-    written(path, write)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
-def write_pairs(path: Path, tiles, pairs, similarity) -> None:
-    """tile, its split, the number of its report (from 0, in the order of the reports) and their cosine."""
-    write_csv(path, ["tile", "split", "report", "similarity"], (
-        (tile, split, int(report), f"{cosine:.6f}") for split in SPLITS
-        for tile, report, cosine in zip(tiles[split].paths, pairs[split], similarity[split])))
+def write_pairs(run: Path, tiles, pairs, similarity, reports: list[str]) -> None:
+    """pairs.csv: tile, split, the number of its report (from 0, in order) and their cosine."""
+    rows = []
+    for split in SPLITS:
+        for tile, report, cosine in zip(tiles[split].paths, pairs[split], similarity[split]):
+            rows.append((tile, split, int(report), f"{cosine:.6f}"))
+    write_csv(run / "pairs.csv", ["tile", "split", "report", "similarity"], rows)
+    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports)
+    uses = torch.cat(list(pairs.values())).bincount()  # (M,)
+    print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
+          f"{uses.max() / uses.sum():.1%} of the tiles")
 
 
-def write_predictions(path: Path, tiles: Tiles, probabilities: Tensor) -> None:
+def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
     """path, target, pred and class_0 ... (probabilities), the authors' column names."""
-    write_csv(path, ["path", "target", "pred", *(f"class_{i}" for i in range(probabilities.shape[1]))], (
-        (tile, label, int(row.argmax()), *(f"{p:.6g}" for p in row.tolist()))
-        for tile, label, row in zip(tiles.paths, tiles.labels, probabilities)))
+    header = ["path", "target", "pred", *(f"class_{i}" for i in range(p.shape[1]))]
+    rows = zip(tiles.paths, tiles.labels, p.argmax(dim=1).tolist(), *p.T.tolist())
+    write_csv(run / "predictions.csv", header, rows)
 
 
-def finite(value):
-    """The same with None for nan and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def write_classifier(run: Path, model: ClipIT, metrics: dict, args) -> None:
+    """classifier/ with what config.json and the model card tell of the run, without its paths."""
+    row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
+    facts = {"data": row.get("title", Path(args.ds).resolve().name),
+             "licence": row.get("licence", "not known here"), "variant": variant(args),
+             "test_tiles": metrics["test_tiles"], "reports": None, "clip_model": None,
+             "metrics": {key: rows[variant(args)][key] for key in COLUMNS},
+             "unimodal": {key: rows["vision head"][key] for key in COLUMNS}}
+    if not args.no_text:
+        facts["reports"] = Path(args.reports).name
+        facts["clip_model"] = re.sub("(?<=local-dir:).*/", "", args.clip_model)
+    classifier = model.to_classifier(metrics["classes"], facts)
+    write_file(run / "classifier", classifier.save_pretrained)
 
 
-NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)", "CLIP zero-shot": "",
-         "CLIP linear probe": ""}
+def write_results(run: Path, metrics: dict, tiles, pairs, similarity, reports) -> None:
+    """metrics.json, report.html once more, and the table on standard output."""
+    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports, metrics)
+    write_text(run / "metrics.json", json.dumps(metrics, indent=1))
+    print(f"\n{results(metrics)}\nthe run lies in {run}")
+
+
 COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
            "macro_auroc": "macro AUROC"}
+NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)"}
 
 
-def print_rows(metrics: dict, run: Path) -> None:
-    print(f"\n{metrics['test_tiles']} test tiles".ljust(42) + "".join(title.rjust(12) for title in COLUMNS.values()))
-    for row, values in metrics["rows"].items():
-        print((row + NOTES.get(row, " (image only)")).ljust(41)
-              + "".join(f"{100 * values[key]:12.2f}" for key in COLUMNS))
+def results(metrics: dict) -> str:
+    """The table of a run as text."""
+    titles = "".join(title.rjust(12) for title in COLUMNS.values())
+    lines = [f"{metrics['test_tiles']} test tiles".ljust(41) + titles]
+    for name, row in metrics["rows"].items():
+        figures = "".join(f"{100 * row[key]:12.2f}" for key in COLUMNS)
+        lines.append((name + NOTES.get(name, " (image only)")).ljust(41) + figures)
     gained = metrics["complementarity"]
-    print(f"complementarity: the text head is right where the vision head is wrong on {gained['tiles']} tiles, "
-          f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the vision head's errors\n"
-          "  by class: " + ", ".join(f"{name} {of['tiles']} ({of['share']:.0%})"
-                                     for name, of in gained["per_class"].items()))
-    print(f"the run lies in {run}")
+    by_class = ", ".join(f"{name} {x['tiles']} ({x['share']:.0%})"
+                         for name, x in gained["per_class"].items())
+    return "\n".join(lines) + (
+        f"\ncomplementarity: the text head is right where the vision head is wrong on "
+        f"{gained['tiles']} tiles, {gained['share']:.1%} of all, "
+        f"{gained['share_of_vision_errors']:.1%} of the vision head's errors\n  by class: {by_class}")
 
 
-def write_report(metrics: dict, run: Path) -> None:
-    """report.html: the table, the confusion counts, the curves and the flags, beside pairs.html in the run's folder."""
-    rows, gained, held = metrics["rows"], metrics["complementarity"], json.loads((run / "args.json").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    name, figure = list(rows)[-1], lambda x: f"{100 * x:.2f}" if math.isfinite(x) else "–"
+# ---- report.html: one page a run, without scripts or anything from elsewhere --------------------
 
-    def curve(key, scale=1):
-        return [(line["epoch"], scale * line[key]) for line in log if line.get(key) is not None]
-    parts = {"loss": "ink", "ce": "blue", "kd": "orange"} if "kd" in log[-1] else {"loss": "ink"}  # no text: CE alone
-    losses = {f"{split} {part}": (f"{colour} {dash}", curve(prefix + part)) for part, colour in parts.items()
-              for split, dash, prefix in (("train", "dash", ""), ("val", "", "val_"))}
-    flags = {key.replace("_", "-"): " ".join(value) if isinstance(value, list) else str(value)
-             for key, value in held["config"].items()
-             if key not in ("tiles", "reports_text") and str(value) not in ("None", "False", "[]")}
-    write_page(
-        run / "report.html", f"Results of {run.parent.name}/{run.name}",
-        f"This page shows one run on {metrics['ds']}: what the text-free model ({name}) reaches on "
-        f"{metrics['test_tiles']:,} test tiles beside the vision head and the text head, which classes it confuses, "
-        "how it was trained and with which flags.", '<p><a href="pairs.html">The pairs of tiles and reports</a></p>',
-        "<h2>Test</h2>", html_table(
-            [["%", *COLUMNS.values()], *([row + NOTES.get(row, " (image only)"), *(figure(of[key]) for key in COLUMNS)]
-                                         for row, of in rows.items())],
-            f"The text head is right where the vision head is wrong on {gained['tiles']:,} tiles, "
-            f"{gained['share']:.1%} of all: what there is to gain from text."),
-        f'<h2>Confusion</h2><div class="charts"{" style=grid-template-columns:100%" * (len(metrics["classes"]) > 12)}>',
-        *(confusion_grid(rows[row]["confusion"], metrics["classes"], f"<b>{row}</b>: test tiles by true class (row) "
-                         "and predicted class (column); shade: share of the row, blue where right, orange where wrong.")
-          for row in (name, "vision head")), '</div><h2>Training</h2><div class="charts">',
-        curves(losses, "epoch", "loss", "Loss in training (dashed, mean since the last validation) and on the "
-               "validation tiles (solid)" + ": loss = ce + lambda · kd." * ("kd" in parts), 0),
-        curves({"val": ("blue", curve("val_bacc", 100))}, "epoch", "balanced accuracy, %", "Balanced accuracy on the "
-               f"validation tiles. The state of step {metrics['best']['step']} of {log[-1]['step']} was kept."),
-        f'</div><h2>Flags</h2><p class="soft">On {escape(held["places"]["device"])}; '
-        + ", ".join(f"{package} {number}" for package, number in held["versions"].items()) + ". What is not listed is "
-        "unset.</p><ul>", *(f"<li>--{key} {escape(value)}</li>" for key, value in flags.items()), "</ul>")
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; padding: 1rem }
+body { overflow-wrap: anywhere } pre, div { overflow-x: auto }
+td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
+.pair { display: flex; gap: 1rem; margin: .5rem 0 } img { width: 7rem; height: 7rem; flex: none }
+svg { width: 100%; max-width: 40rem; height: 14rem } .loss { stroke: #888 }
+polyline { fill: none; stroke: #08c; vector-effect: non-scaling-stroke; stroke-width: 2 }
+"""
 
 
-# ---- Table 1 of the paper, from finished runs -----------------------------------------------------------------------
+def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None) -> None:
+    """report.html: results, confusion and losses, once there are any; training tiles beside their
+    reports, of every class from the highest cosine to the lowest; the flags."""
+    title = escape(f"CLIP-IT: {run.parent.name}/{run.name}")
+    parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="
+             f"'width=device-width'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    if metrics:
+        last = list(metrics["rows"])[-1]
+        parts += [f"<pre>{escape(results(metrics))}</pre><h2>Confusion of {last}</h2><p>True class:"
+                  " row; predicted class: column; shade: share of the row.</p>",
+                  confusion_table(metrics["rows"][last]["confusion"], metrics["classes"])]
+        if metrics["best"]:
+            parts.append(loss_curves([json.loads(line) for line in open(run / "log.jsonl")]))
+    parts.append("<h2>Pairs</h2><p>Cosines of training tiles and their reports. No label took "
+                 "part.</p>")
+    labels = torch.tensor(tiles.labels)
+    for label, name in list(enumerate(tiles.classes))[:40]:
+        members = (labels == label).nonzero()[:, 0]
+        members = members[similarity[members].argsort(descending=True, stable=True)]
+        parts.append(f"<h3>{escape(name)}</h3>")
+        for i in members[torch.linspace(0, len(members) - 1, 4).long().unique()].tolist():
+            text = escape(reports[pairs[i]][:500])
+            parts.append(f"<div class=pair>{thumbnail(tiles, i)}<p><b>{similarity[i]:.3f}</b> "
+                         f"report {pairs[i]}: {text}<br>{escape(tiles.paths[i])}</p></div>")
+    flags = escape((run / "args.json").read_text())
+    write_text(run / "report.html", "\n".join([*parts, f"<h2>Flags</h2><pre>{flags}</pre>"]))
 
-# Balanced accuracy in %, unimodal -> CLIP-IT. Columns: pcam, bach, crc. Unimodal from the paper's Table 1; CLIP-IT with
-# two decimals from the paper too, with one from the table of the authors' README, the same results rounded.
-PAPER = {
-    "UNI": ((94.24, 95.49), (78.89, 81.8), (94.66, 95.9)), "DINOL14": ((88.88, 92.3), (84.26, 86.1), (94.40, 95.9)),
-    "VITB_16": ((88.13, 91.4), (80.78, 82.9), (95.86, 95.7)), "VITS_16": ((88.43, 90.9), (82.90, 84.6), (93.77, 95.3)),
-    "VITB_8": ((87.54, 91.9), (86.90, 84.91), (95.71, 95.7)), "VITS_8": ((87.90, 90.2), (81.01, 82.6), (94.90, 95.55)),
+
+def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
+    lines = ["".join(f"<th>{escape(name)}" for name in ["", *classes])]
+    for name, row in zip(classes, counts):
+        cells = [f"<td style='background:rgb(0 120 200/{count / max(sum(row), 1):.2f})'>{count}"
+                 for count in row]
+        lines.append(f"<th>{escape(name)}{''.join(cells)}")
+    return f"<div><table><tr>{'<tr>'.join(lines)}</table></div>"
+
+
+def loss_curves(log: list[dict]) -> str:
+    right, top = log[-1]["epoch"], max(max(line["loss"], line["val_loss"]) for line in log)
+    curves = []
+    for key in ("loss", "val_loss"):
+        points = [f"{100 * line['epoch'] / right:.2f},{100 - 100 * line[key] / top:.2f}"
+                  for line in log]
+        curves.append(f"<polyline class={key} points='{' '.join(points)}'/>")
+    return (f"<h2>Loss</h2><p>In training (grey) and validation (blue), from 0 to {top:.3g}, in "
+            f"{right:g} epochs.</p><svg viewBox='0 0 100 100' preserveAspectRatio=none>"
+            f"{''.join(curves)}</svg>")
+
+
+def thumbnail(tiles: Tiles, index: int) -> str:
+    image, file = tiles.with_transform(None)[index][0], io.BytesIO()
+    image.thumbnail((112, 112))
+    image.save(file, "JPEG", quality=80)
+    return f"<img alt='' src='data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}'>"
+
+
+# ---- Table 1 of the paper, from finished runs ---------------------------------------------------
+
+PAPER = {  # balanced accuracy in %, unimodal -> CLIP-IT
+    "UNI": dict(pcam=(94.24, 95.49), bach=(78.89, 81.79), crc=(94.66, 95.92)),
+    "DINOL14": dict(pcam=(88.88, 92.32), bach=(84.26, 86.11), crc=(94.40, 95.91)),
+    "VITB_16": dict(pcam=(88.13, 91.42), bach=(80.78, 82.94), crc=(95.86, 95.67)),
+    "VITS_16": dict(pcam=(88.43, 90.93), bach=(82.90, 84.64), crc=(93.77, 95.34)),
+    "VITB_8": dict(pcam=(87.54, 91.92), bach=(86.90, 84.91), crc=(95.71, 95.66)),
+    "VITS_8": dict(pcam=(87.90, 90.24), bach=(81.01, 82.55), crc=(94.90, 95.55)),
 }
 
 
-def table(folder, csv_path=None) -> dict:
-    """Print, for every data set, backbone and variant among the finished runs under `folder`, unimodal -> trained as
-    mean +- sd of balanced accuracy in % over n runs, beside the paper's figure where there is one."""
-    found: dict[tuple, list] = {}
-    for path in sorted(Path(folder).rglob("metrics.json")):
-        metrics, config = json.loads(path.read_text()), json.loads((path.parent / "args.json").read_text())["config"]
-        # runs are repetitions of one another if they differ in the seed (and the tiles it drew) alone
-        same = json.dumps({key: value for key, value in config.items() if key not in ("sd", "tiles")}, sort_keys=True)
-        found.setdefault((config["ds"], config["model"], list(metrics["rows"])[-1], same), []).append(metrics)
-    if not found:
-        raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give the --dir of finished runs")
-    lines = []
-    for (ds, model, row, same), runs in found.items():
-        values = {name: torch.tensor([100 * run["rows"][name]["balanced_accuracy"] for run in runs]).double()
-                  for name in ("vision head", row)}
-        gain = values[row] - values["vision head"]
-        stats = {key: (x.mean().item(), x.std().item() if len(runs) > 1 else math.nan)
-                 for key, x in (("unimodal", values["vision head"]), ("trained", values[row]), ("gain", gain))}
-        paper = PAPER.get(model, {}) and dict(zip(("pcam", "bach", "crc"), PAPER[model])).get(ds) or ("", "")
-        lines.append({"ds": ds, "model": model, "row": row, "n": len(runs), **{
-            f"{key}_{name}": x for key, pair in stats.items() for name, x in zip(("mean", "sd"), pair)},
-            "paper_unimodal": paper[0], "paper_clipit": paper[1] if row == "CLIP-IT" else "", "flags": same})
-        shown = [f"{mean:.2f} ± {sd:.2f}" for mean, sd in stats.values()]
-        print(f"{ds}  {Path(model).name}  unimodal {shown[0]} -> {row} {shown[1]}  (gain {shown[2]}, n = {len(runs)})"
-              + (f"   paper: {paper[0]} -> {paper[1]}" if paper[0] and row == "CLIP-IT" else ""))
-    if csv_path:
-        write_csv(Path(csv_path), list(lines[0]), (line.values() for line in lines))
-    return {"table": lines}
+def table(folder: Path) -> dict:
+    """For every data set, backbone and variant among the finished runs below `folder`: unimodal ->
+    trained as mean +- sd of balanced accuracy in % over n runs that differ in the seed alone."""
+    groups: dict[tuple, list] = {}
+    for path in sorted(folder.rglob("metrics.json")):
+        metrics = json.loads(path.read_text())
+        config = json.loads((path.parent / "args.json").read_text())["config"]
+        flags = json.dumps({key: x for key, x in config.items() if key not in ("sd", "inputs")})
+        name = list(metrics["rows"])[-1]
+        pair = [100 * metrics["rows"][row]["balanced_accuracy"] for row in ("vision head", name)]
+        groups.setdefault((config["ds"], config["model"], name, flags), []).append(pair)
+    if not groups:
+        raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give a --dir of runs")
+    rows = []
+    for (ds, model, name, flags), runs in groups.items():
+        unimodal, trained = torch.tensor(runs, dtype=torch.double).T  # (n,), (n,)
+        figures = []
+        for x in (unimodal, trained, trained - unimodal):
+            figures += [x.mean().item(), x.std().item() if len(runs) > 1 else math.nan]
+        shown = [f"{mean:.2f} ± {sd:.2f}" for mean, sd in zip(figures[::2], figures[1::2])]
+        paper = PAPER.get(model, {}).get(ds, "-") if name == "CLIP-IT" else "-"
+        print(f"{ds}  {Path(model).name}  unimodal {shown[0]} -> {name} {shown[1]}  (gain {shown[2]}, "
+              f"n = {len(runs)}, paper: {paper})")
+        rows.append([ds, model, name, flags, len(runs), *figures])
+    header = ["ds", "model", "row", "flags", "n", "unimodal_mean", "unimodal_sd", "trained_mean",
+              "trained_sd", "gain_mean", "gain_sd"]
+    write_csv(folder / "table.csv", header, rows)
+    return {"table": [dict(zip(header, row)) for row in rows]}
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; python train.py --help lists the flags")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def number(kind, expected: str, fits):
+    """A type of argparse's: a number of that kind for which fits(number) is true."""
+    def parse(text):
+        if not fits(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT = number(int, "1 or more", lambda x: x >= 1)
+WHOLE = number(int, "0 or more", lambda x: x >= 0)
+ABOVE_0 = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+FROM_0 = number(float, "0 or a number above it", lambda x: 0 <= x < math.inf)
+SHARE = number(float, "a share between 0 and 1, such as 0.2", lambda x: 0 < x < 1)
+BELOW_1 = number(float, "0 or a share below 1, such as 0.3", lambda x: 0 <= x < 1)
+
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The authors' flag names, with - or _. Unset, a flag takes the data set's own default (a row of DATASETS), then
-    the one shown."""
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    argv = [re.sub("_", "-", word.split("=")[0]) + word[len(word.split("=")[0]):] if word.startswith("--") else word
-            for word in argv]
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The authors' flag names, with - or _. A data set's own defaults are in its row."""
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--ds", default="demo")
+    defaults = DATASETS.get(first.parse_known_args(words)[0].ds, {}).get("defaults", {})
+    cuda = torch.cuda.is_available()
+    parser = Parser("train.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
 
-    def flag(name, default=None, help="", kind=str, **kwargs):
-        parser.add_argument(f"--{name}", default=default, help=help + ("" if default is None else f" [{default}]"),
-                            **({"type": kind} if "action" not in kwargs else {}), **kwargs)
+    def flag(name, default, help, kind=None, **kwargs):
+        if "action" not in kwargs:
+            kwargs["type"] = kind or (str if default is None else type(default))
+        parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
 
-    flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/ and test/ (val/ optional) of class folders")
+    on, switch = dict(action="store_true"), dict(choices=(0, 1), nargs="?", const=1)
+    flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/")
     flag("data-dir", "data", "where downloaded data sets lie")
-    flag("download", action="store_true", default=False, help="fetch the data set and reports that are not there yet")
-    flag("reports", help="a .txt with one report a line, a .csv or .jsonl with a column text, a folder of .txt, or "
-         + ", ".join(REPORTS))
-    flag("clean-reports", action="store_true", default=False, help="without runs of scanning noise (IIIII, ____)")
-    flag("augment", None, "the authors' training on PCAM: flips, colour jitter, CLIP statistics, bicubic",
-         choices=("authors-pcam",))
-    flag("model", help=f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:... or local-dir:...; unset, UNI")
-    flag("weights", help="local weights of the backbone, or `none` for random ones")
-    flag("clip-model", help=f"pairing model: {', '.join(CLIPS)} or an open_clip id; unset, conch")
-    flag("clip-weights", help="local weights of the pairing model, or `none` for random ones")
-    flag("clip-tokenizer", help="local tokenizer file of conch, which is downloaded once otherwise")
+    flag("download", False, "fetch the data set and the reports if they are missing", **on)
+    flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder, {', '.join(REPORTS)}")
+    flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
+    flag("weights", None, "local weights of the backbone, or `none` for random ones")
+    flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
+    flag("clip-weights", None, "local weights of the pairing model, or `none`")
     flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
-    flag("output", help="unset, the name of the data set")
-    flag("run", help="unset, the flags that differ from their defaults")
-    flag("resume", action="store_true", default=False, help="go on with the run in DIR/OUTPUT/RUN")
-    flag("sd", 0, "seed", int)
-    flag("shots", None, "labelled training tiles a class, drawn by the seed; unset, all (demo: 60)", int)
-    flag("limit", None, "use this share of every split, for a quick try", float)
-    flag("val-int", None, "share of the training tiles held out for validation, not the data set's own split", float)
-    flag("skip-bad", action="store_true", default=False, help="leave unreadable tiles out instead of stopping")
-    flag("batch", None, "tiles a step", int)
-    flag("lr", 1e-3, "of Adam", float)
-    flag("weight-decay", 1e-4, "L2 in the gradient, as the authors have it", float)
-    flag("ep", None, "epochs", int)
-    flag("head-steps", 12500, "at most so many steps for the vision head and the text head", int)
-    flag("worker", None, "processes that decode tiles", int)
-    flag("clip", 0.5, "largest norm of the gradient; 0: no limit", float)
-    flag("scheduler", 0, "1: cosine by step down to a tenth", int, choices=(0, 1))
-    flag("lora-r", 16, "rank", int)
-    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", float)
-    flag("lora-dropout", 0.0, "before the down projection", float)
-    flag("lora-text", None, "0: the text tower stays as it is; unset, 1 (demo: 0)", int, choices=(0, 1))
-    flag("lora-vision", 1, "0: the backbone stays as it is", int, choices=(0, 1))
-    flag("lora-targets", list(TARGETS), "kinds of layers that LoRA adapts", nargs="+", choices=list(TARGETS))
-    flag("no-lin", action="store_true", default=False, help="the authors' name for --lora-targets conv2d embedding")
-    flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
-    flag("kd-weight", 1.0, "lambda", float)
-    flag("no-text", action="store_true", default=False, help="ablation: same layers, LoRA and steps, no distillation")
-    flag("detach-text", action="store_true", default=False, help="no gradient into the text tower")
-    flag("drop-words", 0.0, "share of each report's words dropped, anew for each tile and epoch", float)
-    flag("random-fusion", action="store_true", default=False, help="the authors' start: a random fusion layer")
-    flag("double-softmax", action="store_true", default=False, help="the authors' loss: CE of softmax outputs")
-    flag("val-every", None, "epochs between validations (crc, pcam: 0.1)", float)
-    flag("monitor", "val_loss", "best state and --early", choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
+    flag("output", None, "unset, the name of the data set")
+    flag("run", None, "unset, the flags that differ from their defaults")
+    flag("resume", False, "go on with the run in DIR/OUTPUT/RUN", **on)
+    flag("sd", 0, "seed")
+    flag("shots", None, "labelled training tiles a class, drawn by the seed", COUNT)
+    flag("limit", None, "use this share of every split, for a quick try", SHARE)
+    flag("val-int", None, "share of the training tiles for validation, not the own split", SHARE)
+    flag("batch", 64, "tiles a step", COUNT)
+    flag("lr", 1e-3, "of Adam", ABOVE_0)
+    flag("weight-decay", 1e-4, "L2 in the gradient", FROM_0)
+    flag("ep", 20, "epochs; 0: pairs and heads alone", WHOLE)
+    flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", WHOLE)
+    flag("clip", 0.5, "largest norm of the gradient; 0: no limit", FROM_0)
+    flag("scheduler", 0, "1: cosine by step down to a tenth", **switch)
+    flag("lora-r", 16, "rank", COUNT)
+    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", ABOVE_0)
+    flag("lora-dropout", 0.0, "before the down projection", BELOW_1)
+    flag("lora-text", 1, "0: the text tower stays as it is, its features are looked up", **switch)
+    flag("lora-vision", 1, "0: the backbone stays as it is", **switch)
+    flag("lora-targets", list(TARGETS), "kinds of layers that LoRA adapts", str, nargs="+",
+         choices=list(TARGETS))
+    flag("no-lin", False, "the authors' name for --lora-targets conv2d embedding", **on)
+    flag("kd-layers", 1, "layers of h_d", choices=(1, 2))
+    flag("kd-weight", 1.0, "lambda", FROM_0)
+    flag("no-text", False, "ablation: same layers, LoRA and steps, no distillation", **on)
+    flag("drop-words", 0.0, "share of the words of each report dropped, anew each epoch", BELOW_1)
+    flag("authors", [], "the authors' way of these", str, nargs="+",
+         choices=("double-softmax", "random-fusion"))
+    flag("val-every", 1.0, "epochs between validations", ABOVE_0)
+    flag("monitor", "val_loss", "what chooses the best state",
+         choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
-    flag("early", 0, "1: stop when --monitor stands still", int, choices=(0, 1))
-    flag("patience", 5, "validations that --early waits", int)
-    flag("delta", 0.0, "what counts as an improvement for --early", float)
-    flag("chkpnt", 0, "1: keep the trained state of every validation", int, choices=(0, 1))
-    flag("log", 1, "validations for each printed line", int)
-    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; zeroshot, clip-probe: rows of the CLIP "
-         "image tower", nargs="+", choices=("lora", "zeroshot", "clip-probe"))
-    flag("tensorboard", action="store_true", default=False, help="log to RUN/tensorboard too")
-    flag("wandb", 0, "1: log to Weights & Biases too", int, choices=(0, 1))
-    flag("table", help="print the finished runs under this folder as Table 1, and end")
-    flag("csv", help="write the table to this file too")
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ...; under torchrun each "
-         "process has its own")
-    flag("amp", None, "autocast of both towers; unset, bf16 on cuda and off elsewhere", choices=("off", "bf16", "fp16"))
-    flag("compile", action="store_true", default=False, help="torch.compile both towers")
-    flag("grad-checkpointing", action="store_true", default=False, help="less memory for more time in training")
-    args = parser.parse_args(argv)
-    if args.table:
-        return args
+    flag("early", 0, "1: stop when --monitor stands still", **switch)
+    flag("patience", 5, "validations that --early waits", COUNT)
+    flag("delta", 0.0, "what counts as an improvement for --early", FROM_0)
+    flag("chkpnt", 0, "1: keep the trained state of every validation", **switch)
+    flag("log", 1, "validations for each printed line", COUNT)
+    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; the others: rows of the "
+         "CLIP image tower", str, nargs="+", choices=("lora", "zeroshot", "clip-probe"))
+    flag("wandb", 0, "1: log to Weights & Biases too", **switch)
+    flag("table", None, "print the finished runs below this folder, write its table.csv, and end")
+    flag("amp", "bf16" if cuda else "off", "autocast of both towers", choices=("off", "bf16"))
+    flag("grad-checkpointing", False, "less memory for more time in training", **on)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(words)
+    return args if args.table else complete(args, parser, cuda)
 
-    if args.ds not in DATASETS:
-        dataset_folder(args.ds)  # refuses what is neither a name nor a folder before anything else is asked
-    row = DATASETS.get(args.ds, {})
-    defaults = {"batch": 64, "ep": 20, "worker": min(os.cpu_count() or 1, 8), "model": "UNI", "clip_model": "conch",
-                "reports": None, "shots": None, "val_every": 1.0, "lora_text": 1} | row
-    if args.no_lin:
-        args.lora_targets = [kind for kind in args.lora_targets if kind != "linear"]
-    args.lora_targets = [kind for kind in TARGETS if kind in args.lora_targets]  # whatever their order
-    del args.no_lin
-    defaults["amp"] = "bf16" if args.device.startswith("cuda") else "off"
-    defaults["mod"] = "max" if args.monitor.endswith("acc") else "min"
-    unset = parser.parse_args(["--ds", args.ds, "--device", args.device])
-    for key, value in defaults.items():
-        for space in (args, unset):
-            if hasattr(space, key) and getattr(space, key) is None:
-                setattr(space, key, value if isinstance(value, (int, float)) or value is None else str(value))
+
+def complete(args, parser: Parser, cuda: bool) -> argparse.Namespace:
+    """What follows from the flags: the run's name and folder, the device."""
     if args.reports is None:
+        dataset_folder(args.ds)  # refuses what is neither a name nor a folder
         raise ValueError(f"--ds {args.ds} needs --reports")
-    for key, ok, expected in (
-            ("lora_r", args.lora_r >= 1, "1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"),
-            ("lora_alpha", args.lora_alpha > 0, "more than 0"),
-            ("lora_targets", args.lora_targets, "a kind of layer beside linear, which --no-lin takes away"),
-            ("lora_dropout", 0 <= args.lora_dropout < 1, "0 to below 1"), ("batch", args.batch >= 1, "1 or more"),
-            ("ep", args.ep >= 1, "1 or more"), ("worker", args.worker >= 0, "0 or more"),
-            ("head_steps", args.head_steps >= 1, "1 or more"),
-            ("val_int", args.val_int is None or 0 < args.val_int < 1, "a share between 0 and 1, such as 0.2"),
-            ("limit", args.limit is None or 0 < args.limit < 1, "a share between 0 and 1, such as 0.1"),
-            ("drop_words", 0 <= args.drop_words < 1, "a share from 0 to below 1, such as 0.3"),
-            ("shots", args.shots is None or args.shots >= 1, "1 or more"),
-            ("val_every", args.val_every > 0, "more than 0"),
-            ("lr", args.lr > 0, "more than 0"), ("log", args.log >= 1, "1 or more"),
-            ("download", WORLD == 1 or not args.download, "one process; fetch the data without torchrun first")):
-        if not ok:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {expected}")
-    if WORLD > 1 and args.device == "cuda":
-        args.device += f":{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: torch finds no such device here ({str(error).splitlines()[0]}); use "
-                         "--device cpu, or cuda:0 where there is one") from None
-    args.device = torch.device(args.device)
-    args.output = args.output or slug(Path(args.ds).resolve().name)
-    # the run's name tells the flags that differ from the data set's defaults
-    differ = [key.replace("_", "-") + ("" if value is True else f"-{'-'.join(value)}" if isinstance(value, list)
-                                       else f"-{Path(str(value)).name}")
-              for key, value in vars(args).items()
-              if key not in (*PLACES, "ds", "skip_bad") and value != getattr(unset, key)]
+    if WORLD > 1 and args.download:
+        raise ValueError("--download is for one process; fetch the data without torchrun first")
+    differ = []  # the run's name tells the flags that differ from the data set's defaults
+    for key, value in vars(args).items():
+        if key not in (*PLACES, "ds") and value != parser.get_default(key):
+            shown = "-".join(value) if isinstance(value, list) else Path(str(value)).name
+            differ.append(key.replace("_", "-") + ("" if value is True else f"-{shown}"))
     args.run = args.run or slug("_".join(differ)) or "base"
+    args.output = args.output or slug(Path(args.ds).resolve().name)
+    if args.no_lin:
+        args.lora_targets = ["conv2d", "embedding"]
+    args.mod = args.mod or ("max" if args.monitor.endswith("acc") else "min")
+    args.no_text = args.no_text or "lora" in args.baseline
+    args.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     return args
 
 
-def subset_name(args) -> str:
-    """What sets this run's tiles apart in the cache of tile features."""
-    return "".join(f"-{key}{value}" for key, value in (
-        ("val", args.val_int), ("limit", args.limit), ("shots", args.shots),
-        ("sd", args.sd if args.limit or args.shots else None))
-        if value is not None)
+def slug(text: str) -> str:
+    """A file name made of the text."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:150]
 
 
 def cli() -> None:
     """main() for people: bad input is one or two lines on stderr and exit code 2."""
-    keep_freed_memory()
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
-    else:  # a scheduler or torchrun that ends the run is told of --resume like Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is like Ctrl-C
     try:
         main()
         if WORLD > 1:
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:
-        sys.exit(fail(str(error), 2))
-    except FloatingPointError as error:
-        sys.exit(fail(str(error), 1))
-    except KeyboardInterrupt as stop:
-        sys.exit(fail(str(stop) or "stopped; the same command with --resume goes on with the run", 2))
-    except RuntimeError as error:
-        if WORLD == 1:
-            raise
-        lost = "onnection" in str(error)  # in gloo's words: another process has ended
-        if lost and RANK:
-            sys.exit(1)
-        sys.exit(fail("another process of the run has ended; mend what it says and go on with --resume" if lost
-                      else f"process {RANK} of {WORLD}: {error}", 1))
-
-
-def fail(message: str, code: int) -> int:
-    if RANK and not dist.is_initialized():
-        time.sleep(10)  # they all have read the same: the first says it, and torchrun ends the others meanwhile
+        return
+    except KeyboardInterrupt:
+        message = "stopped; the same command with --resume goes on from the last validation"
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if RANK and not dist.is_initialized():  # all have read the same: the first says it
+            sys.exit(0)
+        message = str(error)
     print(f"train.py: {message}", file=sys.stderr)
-    return code
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
+torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -28,6 +28,13 @@ def write_tiles(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_heads(monkeypatch):
+    """Whole runs are fast: the heads take up to 60 steps here, where a real run takes 12,500."""
+    import train
+    monkeypatch.setattr(train.train_head, "__defaults__", (60, 20))
+
+
 @pytest.fixture
 def world(tmp_path) -> Path:
     """tiles/{train,val,test}/{A,B,C}/*.png, three kinds of the demo's tissue, and reports.txt."""
@@ -37,14 +44,15 @@ def world(tmp_path) -> Path:
             folder = tmp_path / "tiles" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.open(DEMO / "test" / kind / f"{first + i:03d}.jpg").save(folder / f"{i}.png")
+                tile = Image.open(DEMO / "test" / kind / f"{first + i:03d}.jpg")
+                tile.save(folder / f"{i}.png")
         first += count
     (tmp_path / "reports.txt").write_text("\n".join(REPORTS) + "\n")
     return tmp_path
 
 
 @pytest.fixture
-def argv(world) -> list[str]:
+def argv(world) -> list:
     """A run on that world: two epochs of three steps."""
-    return ["--ds", world / "tiles", "--reports", world / "reports.txt", *MODELS, "--dir", world / "runs", "--run", "r",
-            "--batch", 8, "--ep", 2, "--worker", 0, "--head-steps", 200]
+    return ["--ds", world / "tiles", "--reports", world / "reports.txt", *MODELS,
+            "--dir", world / "runs", "--run", "r", "--batch", 8, "--ep", 2, "--worker", 0]

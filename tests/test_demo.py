@@ -1,6 +1,4 @@
-"""The demo's assets are what the script makes from its seeds, and what is said to be apart is apart."""
-import os
-
+"""The demo's assets are what the script makes from its seeds; what should be apart is apart."""
 import make_demo
 import numpy as np
 import pytest
@@ -11,25 +9,29 @@ import train
 from data import load_reports, load_tiles
 
 
-@pytest.mark.parametrize("split, kind, index", [("train", "NORM", 3), ("train", "ADI", 70), ("val", "MUS", 0),
-                                                ("test", "TUM", 99), ("test", "MUC", 41), ("test", "LYM", 7)])
+@pytest.mark.parametrize("split, kind, index", [
+    ("train", "NORM", 3), ("train", "ADI", 70), ("val", "MUS", 0), ("test", "TUM", 99),
+    ("test", "MUC", 41), ("test", "LYM", 7)])
 def test_a_tile_is_painted_again_from_its_seed(split, kind, index):
-    stored = np.asarray(Image.open(DEMO / split / kind / f"{index:03d}.jpg").convert("RGB"), dtype=float)
+    stored = Image.open(DEMO / split / kind / f"{index:03d}.jpg").convert("RGB")
 
     def distance(seed):
-        return np.abs(np.asarray(make_demo.render_tile(kind, seed), dtype=float) - stored).mean()
+        painted = np.asarray(make_demo.render_tile(kind, seed), dtype=float)
+        return np.abs(painted - np.asarray(stored)).mean()
     seed = make_demo.tile_seed(split, kind, index)
-    assert distance(seed) < 6 < 12 < distance(seed + 1)  # grey levels of 255: JPEG's loss against another tile
+    # grey levels of 255: JPEG's loss against another tile
+    assert distance(seed) < 6 < 12 < distance(seed + 1)
 
 
 def test_the_reports_are_written_again_from_their_seeds():
     reports = load_reports(DEMO / "reports.txt")
-    assert reports == [make_demo.write_report(make_demo.REPORT_SEED + i) for i in range(make_demo.REPORTS)]
+    seeds = range(make_demo.REPORT_SEED, make_demo.REPORT_SEED + make_demo.REPORTS)
+    assert reports == [make_demo.write_report(seed) for seed in seeds]
 
 
 def test_no_case_serves_two_purposes():
-    seeds = [make_demo.tile_seed(split, kind, i) for split, count in make_demo.SPLITS.items() for kind in make_demo.KINDS
-             for i in range(count)]
+    seeds = [make_demo.tile_seed(split, kind, i) for split, count in make_demo.SPLITS.items()
+             for kind in make_demo.KINDS for i in range(count)]
     seeds += range(make_demo.PAIR_SEED, make_demo.PAIR_SEED + make_demo.PAIRS)
     seeds += range(make_demo.REPORT_SEED, make_demo.REPORT_SEED + make_demo.REPORTS)
     assert len(seeds) == len(set(seeds))
@@ -44,10 +46,12 @@ def test_reports_name_no_class():
 
 def test_the_demo_is_small_and_has_nine_kinds():
     assert load_tiles("demo", "test").classes == list(make_demo.KINDS)
-    assert sum(os.path.getsize(path) for path in DEMO.rglob("*") if path.is_file()) <= 12e6
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 12e6
 
 
-def test_the_main_command_runs_on_the_demo(tmp_path):
-    metrics = train.main(["--dir", tmp_path, "--shots", "4", "--ep", "1", "--batch", "18", "--head-steps", "500"])
+def test_the_main_command_runs_on_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.train_head, "__defaults__", (500, 20))
+    metrics = train.main(["--dir", tmp_path, "--shots", 4, "--ep", 1, "--batch", 18])
     assert metrics["ds"] == "demo" and metrics["test_tiles"] == 900
-    assert metrics["rows"]["vision head"]["balanced_accuracy"] > 2 / 9  # far above chance after four tiles a class
+    # far above chance after four tiles a class
+    assert metrics["rows"]["vision head"]["balanced_accuracy"] > 2 / 9

@@ -4,30 +4,27 @@ import math
 import pytest
 import torch
 
-from train import accuracy, balanced_accuracy, confusion, macro_auroc, macro_f1, per_class_recall, scores
-
-
-def one_hot(predictions, classes):
-    return torch.eye(classes)[predictions]
+from train import macro_auroc, scores
 
 
 def test_three_classes_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    p = one_hot([0, 0, 0, 1, 1, 0, 2], 3)
-    assert confusion(p, labels).tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 1]]
-    assert per_class_recall(p, labels).tolist() == [0.75, 0.5, 1.0]
-    assert balanced_accuracy(p, labels) == pytest.approx((0.75 + 0.5 + 1) / 3)
-    assert accuracy(p, labels) == pytest.approx(5 / 7)
-    assert macro_f1(p, labels) == pytest.approx((6 / 8 + 2 / 4 + 1) / 3)
+    row = scores(torch.eye(3)[[0, 0, 0, 1, 1, 0, 2]], labels)
+    assert row["confusion"] == [[3, 1, 0], [1, 1, 0], [0, 0, 1]]
+    assert row["recall"] == [0.75, 0.5, 1.0]
+    assert row["balanced_accuracy"] == pytest.approx((0.75 + 0.5 + 1) / 3)
+    assert row["accuracy"] == pytest.approx(5 / 7)
+    assert row["macro_f1"] == pytest.approx((6 / 8 + 2 / 4 + 1) / 3)
 
 
 def test_a_class_absent_from_the_test_set_counts_only_where_it_is_predicted():
     labels = torch.tensor([0, 0, 1, 1])
-    p = one_hot([0, 0, 1, 2], 4)  # class 2 is predicted once and has no tile, class 3 does not occur at all
-    assert balanced_accuracy(p, labels) == pytest.approx((1 + 0.5) / 2)
-    assert macro_f1(p, labels) == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert macro_auroc(p, labels) == pytest.approx((1 + 0.75) / 2)  # classes 0 and 1
-    assert math.isnan(per_class_recall(p, labels)[2])
+    # class 2 is predicted once and has no tile, class 3 does not occur at all
+    row = scores(torch.eye(4)[[0, 0, 1, 2]], labels)
+    assert row["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert row["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert row["macro_auroc"] == pytest.approx((1 + 0.75) / 2)  # classes 0 and 1
+    assert math.isnan(row["recall"][2])
 
 
 def test_ties_count_half_in_the_area_under_the_curve():
@@ -42,8 +39,10 @@ def test_ties_count_half_in_the_area_under_the_curve():
 def test_two_classes_perfect_and_reversed():
     labels = torch.tensor([0, 1, 1])
     p = torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.1, 0.9]])
-    assert [f(p, labels) for f in (balanced_accuracy, accuracy, macro_f1, macro_auroc)] == [1, 1, 1, 1]
-    assert [f(1 - p, labels) for f in (balanced_accuracy, accuracy, macro_f1, macro_auroc)] == [0, 0, 0, 0]
+    for probabilities, figure in ((p, 1), (1 - p, 0)):
+        row = scores(probabilities, labels)
+        for key in ("balanced_accuracy", "accuracy", "macro_f1", "macro_auroc"):
+            assert row[key] == figure
 
 
 def test_one_tile():
@@ -53,6 +52,5 @@ def test_one_tile():
 
 
 def test_a_million_tiles_do_not_overflow():
-    labels = torch.tensor([0, 1]).repeat(500_000)
-    p1 = torch.linspace(0, 1, 1_000_000)
+    labels, p1 = torch.tensor([0, 1]).repeat(500_000), torch.linspace(0, 1, 1_000_000)
     assert macro_auroc(torch.stack([1 - p1, p1], 1), labels) == pytest.approx(0.5, abs=1e-5)

@@ -1,98 +1,82 @@
 """A run of two processes is the run of one."""
 import json
 import os
+import shutil
 import subprocess
 import sys
+from unittest.mock import DEFAULT, patch
 
 import pytest
 from conftest import ROOT
+from test_train import another, log_of, replaced, rows_of, run_folder, said_by_cli
 
 import train
 
-
-def torchrun(argv, processes=2):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                           "--standalone", "--", ROOT / "train.py", *map(str, argv)],
-                          capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def run_folder(argv):
-    return argv[argv.index("--dir") + 1] / "tiles" / "r"
-
-
-def pairs(argv):
-    return [line.rsplit(",", 1)[0] for line in (run_folder(argv) / "pairs.csv").read_text().splitlines()]
-
-
-def log(argv):
-    return [json.loads(line) for line in (run_folder(argv) / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def two(argv):
-    """The same run into another folder; 24 tiles in batches of 7 leave 3 for the last one."""
-    argv[argv.index("--batch") + 1] = 7
-    other = list(argv)
-    other[other.index("--dir") + 1] = argv[argv.index("--dir") + 1].with_name("two")
-    return argv, other
-
-
-def test_two_processes_give_the_pairs_losses_and_metrics_of_one(two):
-    one, other = two
-    metrics = train.main(one)
-    done = torchrun(other)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("image only") == 1  # the first process alone speaks
-    assert pairs(other) == pairs(one)
-    for mine, theirs in zip(log(one), log(other), strict=True):
-        del mine["tiles_per_second"], theirs["tiles_per_second"]
-        assert theirs == pytest.approx(mine, abs=1e-5)
-    theirs = json.loads((run_folder(other) / "metrics.json").read_text())
-    for row, values in metrics["rows"].items():
-        assert theirs["rows"][row]["confusion"] == values["confusion"]
-        assert theirs["rows"][row]["macro_auroc"] == pytest.approx(values["macro_auroc"], abs=1e-5)
-
-
-def test_what_one_process_began_two_go_on_with(two):
-    one, other = two
-    train.main(one)
-    other[other.index("--ep") + 1] = 1
-    train.main(other)
-    other[other.index("--ep") + 1] = 2
-    held = run_folder(other) / "args.json"
-    args = json.loads(held.read_text())
-    args["config"]["ep"] = 2  # as if the run had been meant to be this long
-    held.write_text(json.dumps(args))
-    done = torchrun([*other, "--resume"])
-    assert done.returncode == 0 and "going on from step 4 of 8" in done.stdout
-    for mine, theirs in zip(log(one), log(other), strict=True):
-        assert theirs["val_loss"] == pytest.approx(mine["val_loss"], abs=1e-5)
-
-
-def test_bad_input_is_said_once(two):
-    done = torchrun([*two[1], "--lora-r", 0])
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("train.py: ")] == [
-        "train.py: --lora-r 0: expected 1 or more; --lora-vision 0 --lora-text 0 trains without LoRA"]
-
-
-def test_a_process_that_dies_ends_all_with_one_message(two):
-    code = f"""
+SCRIPT = f"""
 import os, signal, sys, torch
-sys.path[:0] = [{str(ROOT)!r}]
+sys.path.insert(0, {str(ROOT)!r})
 import train
+train.train_head.__defaults__ = {{heads}}  # as in the process that this one is compared with
+{{more}}
+train.cli()
+"""
+DIES = """
 step = torch.optim.Adam.step
 def die(self, *args, **kwargs):
     if train.RANK == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *args, **kwargs)
 torch.optim.Adam.step = die
-train.cli()
 """
-    script = two[1][1].parent / "dying.py"
-    script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-                           "--", script, *map(str, two[1])], capture_output=True, text=True, timeout=120)
+
+
+def torchrun(folder, argv, more=""):
+    """train.py in two processes, with `more` done to it first."""
+    script = folder / "two.py"
+    script.write_text(SCRIPT.format(heads=train.train_head.__defaults__, more=more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--standalone", "--", script, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_go_on_with_what_one_began_and_give_what_one_gives(argv, world):
+    """Pairs, losses and metrics; 24 tiles in batches of 7 leave 3 for the last one."""
+    one = replaced(argv, "--batch", 7) + ["--val-every", 0.5]
+    two, metrics = another(one, "two"), train.main(one)
+    stop = dict(wraps=train.validate, side_effect=[DEFAULT, KeyboardInterrupt])
+    with patch.object(train, "validate", **stop), pytest.raises(KeyboardInterrupt):
+        train.main(two)
+    shutil.rmtree(world / "runs" / "cache")  # two processes share the tiles of the pairing too
+    done = torchrun(world, [*two, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 2" in done.stdout
+    assert done.stdout.count("image only") == 1  # the first process alone speaks
+    for mine, theirs in zip(rows_of(one, "pairs.csv"), rows_of(two, "pairs.csv"), strict=True):
+        assert [theirs[key] for key in ("tile", "split", "report")] == list(mine.values())[:3]
+    for mine, theirs in zip(log_of(one), log_of(two), strict=True):
+        del mine["tiles_per_second"], theirs["tiles_per_second"]
+        assert theirs == pytest.approx(mine, abs=1e-5)
+    theirs = json.loads((run_folder(two) / "metrics.json").read_text())
+    for row, values in metrics["rows"].items():
+        assert theirs["rows"][row]["confusion"] == values["confusion"]
+        assert theirs["rows"][row]["macro_auroc"] == pytest.approx(values["macro_auroc"], abs=1e-5)
+
+
+def test_bad_input_is_said_once(argv, monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORLD", 2)
+    assert said_by_cli([*argv, "--lora-r", 0], monkeypatch, capsys) == (
+        "train.py: argument --lora-r: 0: expected 1 or more; python train.py --help lists the "
+        "flags\n")
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the second process closes
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    assert ended.value.code == 0 and capsys.readouterr() == ("", "")
+
+
+def test_a_process_that_dies_ends_all_with_one_message(argv, world):
+    done = torchrun(world, argv, DIES)
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode != 0 and len(said) == 1 and "--resume" in said[0], done.stderr
     assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in done.stderr  # torchrun names it

@@ -3,54 +3,113 @@ import csv
 import json
 import subprocess
 import sys
+from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
+from PIL import Image
 
 import train
 from clipit import Classifier
-from data import load_tiles
+from data import load_reports, load_tiles
+from pairing import embed_images, embed_texts, load_clip, nearest_text
+
+
+def replaced(argv, flag, value):
+    argv = list(argv)
+    argv[argv.index(flag) + 1] = value
+    return argv
+
+
+def another(argv, run, *more):
+    return replaced(argv, "--run", run) + list(more)
 
 
 def run_folder(argv):
     return argv[argv.index("--dir") + 1] / "tiles" / argv[argv.index("--run") + 1]
 
 
-def another(argv, run, *more):
-    argv = list(argv)
-    argv[argv.index("--run") + 1] = run
-    return argv + list(more)
-
-
 def bytes_of(argv):
     return (run_folder(argv) / "metrics.json").read_bytes()
+
+
+def log_of(argv):
+    return [json.loads(line) for line in open(run_folder(argv) / "log.jsonl")]
+
+
+def rows_of(argv, name):
+    with open(run_folder(argv) / name) as file:
+        return list(csv.DictReader(file))
+
+
+def clip_of(argv):
+    return load_clip(argv[argv.index("--clip-model") + 1])
+
+
+def model_of(argv):
+    """The model that a run begins step 4 with; the run ends there."""
+    with patch.object(train, "train_clipit", side_effect=InterruptedError) as step_4:
+        with pytest.raises(InterruptedError):
+            train.main(argv)
+    return step_4.call_args.args[0]
+
+
+def said_by_cli(argv, monkeypatch, capsys):
+    """What train.py says on stderr when it ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as ended:
+        train.cli()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    return said
+
+
+def monitored(key, values, monkeypatch):
+    """Validations find these values, one after another."""
+    values, validate = iter(values), train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | {key: next(values)})
 
 
 def test_a_run_leaves_every_file_and_prints_the_table(argv, capsys):
     metrics = train.main(argv)
     printed, run = capsys.readouterr().out, run_folder(argv)
-    assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "pairs.csv", "heads.pt", "last.pt", "metrics.json",
-                                               "predictions.csv", "classifier", "pairs.html", "report.html"}
+    assert {path.name for path in run.iterdir()} == {
+        "args.json", "log.jsonl", "pairs.csv", "last.pt", "metrics.json", "predictions.csv",
+        "classifier", "report.html"}
     assert list(metrics["rows"]) == ["vision head", "text head", "CLIP-IT"]
     assert json.loads((run / "metrics.json").read_text()) == metrics
-    for row in ("vision head (frozen backbone, unimodal)", "text head (paired reports)", "CLIP-IT (image only)"):
-        assert row in printed
-    assert "reports used" in printed and "complementarity" in printed and str(run) in printed
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [3, 6]
-    for line in log:
+    for said in ("vision head (frozen backbone, unimodal)", "text head (paired reports)",
+                 "CLIP-IT (image only)", "reports used", "complementarity", str(run)):
+        assert said in printed
+    assert [line["step"] for line in log_of(argv)] == [3, 6]
+    for line in log_of(argv):
         assert line["loss"] == pytest.approx(line["ce"] + line["kd"], abs=1e-5)
         assert line["val_loss"] == pytest.approx(line["val_ce"] + line["val_kd"], abs=1e-5)
+    held = json.loads((run / "args.json").read_text())  # what the run was
+    assert held["config"]["lora_r"] == 16 and len(held["config"]["inputs"]) == 64
+    assert held["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert held["places"]["dir"] == str(argv[argv.index("--dir") + 1])
+
+
+def test_without_epochs_a_run_is_pairs_page_and_heads_alone(argv):
+    whole, alone = train.main(argv), another(argv, "alone", "--ep", 0)
+    metrics = train.main(alone)
+    assert {path.name for path in run_folder(alone).iterdir()} == {
+        "args.json", "pairs.csv", "metrics.json", "report.html"}
+    assert list(metrics["rows"]) == ["vision head", "text head"] and metrics["best"] is None
+    assert all(metrics["rows"][name] == whole["rows"][name] for name in metrics["rows"])
+    assert metrics["complementarity"] == whole["complementarity"]
 
 
 def test_predictions_are_those_of_the_saved_text_free_classifier(argv):
-    metrics, run = train.main(argv), run_folder(argv)
-    with open(run / "predictions.csv") as file:
-        rows = list(csv.DictReader(file))
+    metrics, rows = train.main(argv), rows_of(argv, "predictions.csv")
     tiles = load_tiles(argv[1], "test")
-    probabilities = Classifier.from_pretrained(run / "classifier").predict([image for image, _ in tiles])
-    assert [row["path"] for row in rows] == tiles.paths and [int(row["target"]) for row in rows] == tiles.labels
+    classifier = Classifier.from_pretrained(run_folder(argv) / "classifier")
+    probabilities = classifier.predict([image for image, _ in tiles])
+    assert [row["path"] for row in rows] == tiles.paths
+    assert [int(row["target"]) for row in rows] == tiles.labels
     for row, p in zip(rows, probabilities):
         assert [float(row[f"class_{i}"]) for i in range(3)] == pytest.approx(p.tolist(), abs=1e-5)
     right = sum(row["pred"] == row["target"] for row in rows)
@@ -58,12 +117,8 @@ def test_predictions_are_those_of_the_saved_text_free_classifier(argv):
 
 
 def test_pairs_csv_names_the_nearest_report_of_every_tile(argv):
-    from pairing import embed_images, embed_texts, load_clip, nearest_text
-    from data import load_reports
-    train.main(argv)
-    with open(run_folder(argv) / "pairs.csv") as file:
-        rows = list(csv.DictReader(file))
-    clip = load_clip(argv[argv.index("--clip-model") + 1])
+    train.main(argv + ["--ep", 0])
+    rows, clip = rows_of(argv, "pairs.csv"), clip_of(argv)
     texts = embed_texts(clip, load_reports(argv[3]))
     for split in ("train", "val", "test"):
         tiles = load_tiles(argv[1], split, transform=clip.preprocess)
@@ -71,180 +126,178 @@ def test_pairs_csv_names_the_nearest_report_of_every_tile(argv):
         mine = [row for row in rows if row["split"] == split]
         assert [row["tile"] for row in mine] == tiles.paths
         assert [int(row["report"]) for row in mine] == index.tolist()
-        assert [float(row["similarity"]) for row in mine] == pytest.approx(similarity.tolist(), abs=1e-5)
+        cosines = [float(row["similarity"]) for row in mine]
+        assert cosines == pytest.approx(similarity.tolist(), abs=1e-5)
 
 
-def test_the_same_seed_gives_the_same_metrics_with_workers_or_without(argv):
+def test_the_same_seed_gives_the_same_metrics_with_workers_or_without(argv, world):
+    argv += ["--lora-dropout", 0.2, "--drop-words", 0.3, "--ep", 1]
+    workers = replaced(argv, "--dir", world / "workers") + ["--worker", 2]  # a cache of its own
+    other = another(argv, "other", "--sd", 1)
+    for run in (argv, workers, other):
+        train.main(run)
+    assert bytes_of(argv) == bytes_of(workers) != bytes_of(other)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_was_not(argv, monkeypatch, capsys):
+    argv += ["--lora-dropout", 0.2, "--val-every", 0.5, "--scheduler", 1]
+    stopped = another(argv, "stopped")
+    stop = dict(wraps=train.validate, side_effect=[DEFAULT, KeyboardInterrupt])
+    with patch.object(train, "validate", **stop):
+        said = said_by_cli(stopped, monkeypatch, capsys)
+    assert "--resume" in said and len(said.splitlines()) == 1
+    assert not (run_folder(stopped) / "metrics.json").exists()
     train.main(argv)
-    train.main(another(argv, "again"))
-    train.main(another(argv, "workers", "--worker", 2))
-    train.main(another(argv, "other", "--sd", 1))
-    assert bytes_of(argv) == bytes_of(another(argv, "again")) == bytes_of(another(argv, "workers"))
-    assert bytes_of(argv) != bytes_of(another(argv, "other"))
+    train.main([*stopped, "--resume"])
+    assert bytes_of(stopped) == bytes_of(argv)
+    assert [line["step"] for line in log_of(stopped)] == [2, 4, 6]
 
 
-def test_dropout_and_dropped_words_do_not_depend_on_workers_either(argv):
-    more = ["--lora-dropout", 0.2, "--drop-words", 0.3, "--val-every", 0.5]
-    train.main(another(argv, "a", *more))
-    train.main(another(argv, "b", *more, "--worker", 2))
-    assert bytes_of(another(argv, "a")) == bytes_of(another(argv, "b"))
+def test_features_are_computed_once_for_the_same_tiles_reports_and_weights(argv, world, capsys):
+    def computed(run, *more):
+        """The kinds of features that a run computed, and how often."""
+        train.main(another(argv, run, "--ep", 0, *more))
+        said = [line for line in capsys.readouterr().out.splitlines() if "features: " in line]
+        assert len(said) == 7  # of the reports; of three splits by CLIP and by the backbone
+        kinds = [line.split()[0] for line in said if line.endswith("computed")]
+        return {kind: kinds.count(kind) for kind in kinds}
+    assert computed("first") == {"report": 1, "tile": 3, "backbone": 3}
+    assert computed("again") == {}
+    Image.new("RGB", (64, 64)).save(world / "tiles" / "val" / "B" / "1.png")
+    assert computed("tile") == {"tile": 1, "backbone": 1}
+    assert computed("weights", "--weights", "none") == {"backbone": 3}
+    next((world / "runs" / "cache").glob("report-*")).write_bytes(b"broken")
+    assert computed("broken") == {"report": 1}
+    with open(world / "reports.txt", "a") as file:
+        file.write("one report more\n")
+    assert computed("reports") == {"report": 1}
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_is_stopped_and_resumed_ends_like_one_that_was_not(argv, stop, monkeypatch, capsys):
-    more = ["--lora-dropout", 0.2, "--val-every", 0.5, "--scheduler", 1]
-    train.main(another(argv, "whole", *more))
-    validate, calls = train.validate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return validate(*args)
-
-    monkeypatch.setattr(train, "validate", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, another(argv, "r", *more))])
-    with pytest.raises(SystemExit) as ended:
-        train.cli()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "--resume" in said and "last.pt" in said and "Traceback" not in said
-    assert not (run_folder(argv) / "metrics.json").exists()
-    monkeypatch.setattr(train, "validate", validate)
-    monkeypatch.setattr(train, "train_head", None)  # raises if called: finished steps are not done again
-    train.main(another(argv, "r", *more, "--resume"))
-    assert bytes_of(argv) == bytes_of(another(argv, "whole"))
-    log = [json.loads(line)["step"] for line in (run_folder(argv) / "log.jsonl").read_text().splitlines()]
-    assert log == [2, 4, 6]
-
-
-def test_a_second_run_takes_the_embeddings_from_the_cache(argv, capsys):
-    train.main(argv)
-    assert "from the cache" not in capsys.readouterr().out
-    train.main(another(argv, "second"))
-    assert capsys.readouterr().out.count("from the cache") == 4
-
-
-def test_without_text_nothing_but_the_distillation_differs(argv, monkeypatch):
+def test_without_text_nothing_but_the_distillation_differs(argv):
     starts = []
-    monkeypatch.setattr(train, "train_clipit", lambda model, *rest: starts.append(
-        {name: p.clone() for name, p in model.named_parameters() if not name.startswith("text_tower")}) or stop())
-
-    class Stop(Exception):
-        pass
-
-    def stop():
-        raise Stop
-
-    for more in ([], ["--no-text"]):
-        with pytest.raises(Stop):
-            train.main(another(argv, "n", *more) if more else argv)
+    for run, more in (("text", []), ("none", ["--no-text"])):
+        model = model_of(another(argv, run, *more))
+        starts.append({name: p for name, p in model.named_parameters() if "text_tower" not in name})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(p, starts[1][name]) for name, p in starts[0].items())
-
-
-def test_without_text_the_loss_is_cross_entropy_alone(argv):
-    metrics = train.main(argv + ["--no-text"])
-    assert list(metrics["rows"]) == ["vision head", "text head", "CLIP-IT without text"]
-    for line in map(json.loads, (run_folder(argv) / "log.jsonl").read_text().splitlines()):
-        assert line["loss"] == line["ce"] and "kd" not in line and line["val_loss"] == line["val_ce"]
+    without = another(argv, "none", "--no-text")
+    assert list(train.main(without)["rows"])[-1] == "CLIP-IT without text"
+    for line in log_of(without):
+        assert line["loss"] == line["ce"] and line["val_loss"] == line["val_ce"]
+        assert "kd" not in line and "text_spread" not in line
 
 
 def test_a_batch_encodes_each_distinct_report_once(argv, monkeypatch):
-    seen = []
-    forward_train = train.ClipIT.forward_train
-    monkeypatch.setattr(train.ClipIT, "forward_train", lambda self, images, tokens, report: seen.append(
-        (len(images), tokens, report)) or forward_train(self, images, tokens, report))
+    seen, forward = [], train.forward
+
+    def watched(model, images, report, text_emb, tokens, args):
+        encoded = []
+        hook = model.text_tower.register_forward_pre_hook(lambda _, given: encoded.append(given[0]))
+        logits, t_hat, t = forward(model, images, report, text_emb, tokens, args)
+        hook.remove()
+        torch.testing.assert_close(t, model.text_tower(tokens[report]), atol=1e-5, rtol=1e-5)
+        seen.append((encoded, report, tokens))
+        return logits, t_hat, t
+    monkeypatch.setattr(train, "forward", watched)
     train.main(argv)
-    assert len(seen) == 6
-    for tiles, tokens, report in seen:
-        assert len(report) == tiles and len(tokens) == len(tokens.unique(dim=0)) == len(report.unique()) > 1
-    assert any(len(tokens) < tiles for tiles, tokens, _ in seen)  # some tiles of a batch did share a report
+    assert len(seen) == 2 * (3 + 2)  # of two epochs, in training and in validation
+    for encoded, report, tokens in seen:
+        assert len(encoded) == 1 and torch.equal(encoded[0], tokens[report.unique()])
+    # some tiles of a batch did share a report, and not all
+    assert any(1 < len(encoded[0]) < len(report) for encoded, report, _ in seen)
 
 
 def test_fixed_text_is_looked_up_and_gives_what_the_frozen_tower_gives(argv, monkeypatch):
     looked_up = train.main(another(argv, "a", "--lora-text", 0))
-    monkeypatch.setattr(train.nn.Embedding, "from_pretrained", None)
-    monkeypatch.setattr(train, "drop_words", lambda report, share, seed: report)  # the tower runs, on whole reports
-    tower = train.main(another(argv, "b", "--lora-text", 0, "--drop-words", 0.3))
+    build_model = train.build_model
+
+    def with_tower(backbone, clip, *rest):
+        model = build_model(backbone, clip, *rest)
+        model.text_tower = clip.text_tower
+        return model
+
+    def with_tokens(clip, reports, text_emb, args):
+        return torch.full_like(text_emb, torch.nan), clip.tokenize(reports)
+    monkeypatch.setattr(train, "build_model", with_tower)
+    monkeypatch.setattr(train, "text_of", with_tokens)
+    tower = train.main(another(argv, "b", "--lora-text", 0))
     for key in ("balanced_accuracy", "macro_auroc"):
-        assert looked_up["rows"]["CLIP-IT"][key] == pytest.approx(tower["rows"]["CLIP-IT"][key], abs=1e-6)
+        figures = [metrics["rows"]["CLIP-IT"][key] for metrics in (looked_up, tower)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-6)
     assert looked_up["best"]["value"] == pytest.approx(tower["best"]["value"], abs=1e-4)
 
 
 def test_the_vision_head_of_step_two_is_where_fusion_starts(argv, monkeypatch):
-    started = []
-    monkeypatch.setattr(train, "train_clipit", lambda model, *rest: started.append(model.vision_head.weight.clone()))
-    with pytest.raises(FileNotFoundError):  # there is no last.pt, since nothing was trained
-        train.main(argv)
-    heads = torch.load(run_folder(argv) / "heads.pt", weights_only=True)
-    assert torch.equal(started[0], heads["start"]["weight"])
+    def trained(head, *rest):
+        torch.nn.init.ones_(next(head.parameters()))
+    monkeypatch.setattr(train, "train_head", trained)
+    assert (model_of(argv).vision_head.weight == 1).all()
 
 
-def test_the_best_state_by_the_monitor_is_what_is_tested(argv, monkeypatch):
-    values = iter([3.0, 1.0, 2.0, 5.0])
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | {"val_loss": next(values)})
-    metrics = train.main(argv + ["--ep", 4, "--chkpnt", 1])
-    assert metrics["best"] == {"value": 1.0, "step": 6}
+@pytest.mark.parametrize("monitor, values", [("val_loss", [3.0, 1.0, 2.0]),
+                                             ("val_bacc", [0.3, 0.8, 0.7])])
+def test_the_best_state_by_the_monitor_is_what_is_tested(argv, monitor, values, monkeypatch):
+    monitored(monitor, values, monkeypatch)
+    metrics = train.main(argv + ["--ep", 3, "--chkpnt", "--monitor", monitor])
+    assert metrics["best"] == {"value": values[1], "step": 6}
     best = torch.load(run_folder(argv) / "step_6.pt", weights_only=True)
     classifier = Classifier.from_pretrained(run_folder(argv) / "classifier")
     assert torch.equal(classifier.fusion.weight, best["fusion.weight"])
 
 
 def test_early_stopping_waits_for_patience(argv, monkeypatch):
-    values = iter([3.0, 1.0, 2.0, 0.95, 4.0])
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | {"val_loss": next(values)})
-    metrics = train.main(argv + ["--ep", 9, "--early", 1, "--patience", 2, "--delta", 0.1])
-    assert metrics["best"] == {"value": 0.95, "step": 12}  # kept, though too small a step for --delta to go on
+    monitored("val_loss", [3.0, 1.0, 2.0, 0.95, 4.0], monkeypatch)
+    metrics = train.main(argv + ["--ep", 9, "--early", "--patience", 2, "--delta", 0.1])
+    # kept, though too small a step for --delta to go on
+    assert metrics["best"] == {"value": 0.95, "step": 12}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(argv, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv), "--lr", "1e30", "--clip", "0", "--val-every", "0.3"])
-    with pytest.raises(SystemExit) as ended:
-        train.cli()
-    said = capsys.readouterr().err
-    assert ended.value.code == 1
-    assert all(word in said for word in ("not finite at step", "ce ", "kd ", "lr 1e+30", "last.pt"))
-    state = torch.load(run_folder(argv) / "last.pt", weights_only=True)
-    assert state["step"] == 0  # the first step at that rate ruins the model, so what is kept is what it began with
-    assert all(value.abs().max() < 100 for value in state["model"].values())
+    nan = torch.tensor(torch.nan)
+    losses = [DEFAULT] * 5 + [(nan, {"ce": nan, "kd": nan})]  # after three steps, a look, a step
+    with patch.object(train, "clipit_loss", wraps=train.clipit_loss, side_effect=losses):
+        said = said_by_cli(argv, monkeypatch, capsys)
+    for word in ("not finite at step 5", "ce ", "kd ", "--lr", run_folder(argv) / "last.pt"):
+        assert str(word) in said
+    held = torch.load(run_folder(argv) / "last.pt", weights_only=True)
+    assert held["state"]["step"] == 3
 
 
 def test_dropped_words_are_a_share_in_order_and_anew_for_every_seed():
     report = " ".join(f"w{i}" for i in range(100))
-    once, again, other = (train.drop_words(report, 0.3, seed).split() for seed in ("0 0 7", "0 0 7", "0 1 7"))
+    once, again, other = (train.drop_words(report, 0.3, seed).split()
+                          for seed in ("0 0 7", "0 0 7", "0 1 7"))
     assert len(once) == 70 and once == again != other
     assert once == sorted(once, key=lambda word: int(word[1:]))
     assert train.drop_words("word", 0.9, "s") == "word"
 
 
-def test_flags_are_taken_with_underscores_too_and_the_run_is_named_after_what_differs():
-    args = train.parse_args(["--lora_r", "4", "--kd_layers=2", "--no_text"])
-    assert (args.lora_r, args.kd_layers, args.no_text, args.ds) == (4, 2, True, "demo")
-    assert args.run == "lora-r-4_kd-layers-2_no-text"
-    assert train.parse_args([]).run == "base"
-
-
-def test_help_shows_every_flag(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    flags = ["--" + name.replace("_", "-") for name in vars(train.parse_args([]))]
-    assert ended.value.code == 0 and all(flag in shown for flag in flags)
+@pytest.mark.parametrize("lora_text", [0, 1])
+def test_an_epoch_sees_what_is_left_of_each_report(argv, lora_text):
+    args = train.parse_args(argv + ["--drop-words", 0.5, "--lora-text", lora_text, "--sd", 3])
+    clip, reports = clip_of(argv), load_reports(argv[3])
+    left = [train.drop_words(report, 0.5, f"3 1 {i}") for i, report in enumerate(reports)]
+    features, tokens = train.text_of(clip, reports, torch.zeros(12, 64), args, epoch=1)
+    if lora_text:
+        assert torch.equal(tokens, clip.tokenize(left))
+    else:
+        assert tokens is None and torch.equal(features, embed_texts(clip, left))
 
 
 def test_the_heads_take_the_state_of_the_lowest_validation_loss():
     generator = torch.Generator().manual_seed(0)
     x = {split: torch.randn(60, 5, generator=generator) for split in ("train", "val")}
     y = {split: (x[split][:, 0] > 0).long() for split in x}
-    y["train"] = y["train"] ^ (torch.rand(60, generator=generator) < 0.3).long()  # noise that training fits in the end
-    torch.manual_seed(0)
-    head = train.train_head(torch.nn.Sequential(torch.nn.Linear(5, 200), torch.nn.ReLU(), torch.nn.Linear(200, 2)), x, y, 0,
-                            steps=3000)
-    at_best = torch.nn.functional.cross_entropy(head(x["val"]), y["val"])
-    on = train.train_head(head, {"train": x["train"], "val": x["train"]}, {"train": y["train"], "val": y["train"]}, 0, 3000)
-    assert at_best < torch.nn.functional.cross_entropy(on(x["val"]), y["val"])
+    noise = torch.rand(60, generator=generator) < 0.3  # that training fits in the end
+    y["train"] = y["train"] ^ noise.long()
+
+    def val_loss(**val):
+        torch.manual_seed(0)
+        head = torch.nn.Sequential(torch.nn.Linear(5, 200), torch.nn.ReLU(),
+                                   torch.nn.Linear(200, 2))
+        train.train_head(head, x | {"val": val["x"]}, y | {"val": val["y"]}, 0, steps=1000)
+        return F.cross_entropy(head(x["val"]), y["val"])
+    assert val_loss(x=x["val"], y=y["val"]) < val_loss(x=x["train"], y=y["train"])
 
 
 def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_too():
@@ -257,53 +310,50 @@ def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_to
 
 def test_text_spread_is_one_minus_the_mean_cosine_of_two_reports():
     features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    cosines = [torch.nn.functional.cosine_similarity(features[i], features[j], dim=0).item()
+    cosines = [F.cosine_similarity(features[i], features[j], dim=0).item()
                for i in range(7) for j in range(7) if i != j]
-    assert train.text_spread(features) == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
+    expected = 1 - sum(cosines) / len(cosines)
+    assert train.text_spread(features) == pytest.approx(expected, abs=1e-6)
     assert train.text_spread(features[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_spread_of_a_fixed_text_stays_and_that_of_a_trained_one_moves(argv):
-    for run, more, moves in (("fixed", ["--detach-text"], False), ("trained", [], True)):
-        train.main(another(argv, run, *more))
-        log = (run_folder(another(argv, run)) / "log.jsonl").read_text().splitlines()
-        spreads = [json.loads(line)["text_spread"] for line in log]
-        assert (spreads[0] != spreads[1]) == moves
+@pytest.mark.parametrize("lora_text, moves", [(0, False), (1, True)])
+def test_the_spread_of_a_fixed_text_stays_and_that_of_a_trained_one_moves(argv, lora_text, moves):
+    train.main(argv + ["--lora-text", lora_text])
+    spreads = [line["text_spread"] for line in log_of(argv)]
+    assert (spreads[0] != spreads[1]) == moves
 
 
-def test_the_lora_baseline_has_lora_and_the_vision_head_alone(argv, monkeypatch):
-    models = []
-    train_clipit = train.train_clipit
-    monkeypatch.setattr(train, "train_clipit", lambda model, *rest: models.append(model) or train_clipit(model, *rest))
-    metrics = train.main(argv + ["--baseline", "lora"])
-    assert list(metrics["rows"])[-1] == "LoRA with a plain head"
-    trained = {name.split(".")[0] for name, p in models[0].named_parameters() if p.requires_grad}
+def test_the_lora_baseline_has_lora_and_the_vision_head_alone(argv):
+    argv += ["--baseline", "lora"]
+    model = model_of(argv)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"backbone", "vision_head"}
+    assert list(train.main(argv)["rows"])[-1] == "LoRA with a plain head"
     classifier = Classifier.from_pretrained(run_folder(argv) / "classifier")
     assert {name.split(".")[0] for name in classifier.state_dict()} == trained
 
 
 def test_zero_shot_is_the_nearest_class_prompt(argv):
-    from pairing import embed_images, embed_texts, load_clip
-    metrics = train.main(argv + ["--baseline", "zeroshot", "clip-probe"])
-    assert list(metrics["rows"]) == ["vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "CLIP-IT"]
-    clip = load_clip(argv[argv.index("--clip-model") + 1])
+    rows = train.main(argv + ["--baseline", "zeroshot", "clip-probe", "--ep", 0])["rows"]
+    assert list(rows) == ["vision head", "text head", "CLIP linear probe", "CLIP zero-shot"]
+    clip = clip_of(argv)
     tiles = load_tiles(argv[1], "test", transform=clip.preprocess)
     prompts = embed_texts(clip, [f"an H&E image of {name}." for name in "ABC"])
     nearest = (embed_images(clip, tiles) @ prompts.T).argmax(dim=1)
     right = (nearest == torch.tensor(tiles.labels)).double().mean().item()
-    assert metrics["rows"]["CLIP zero-shot"]["accuracy"] == pytest.approx(right)
+    assert rows["CLIP zero-shot"]["accuracy"] == pytest.approx(right)
 
 
 def test_the_table_gathers_runs_that_differ_in_the_seed_alone(argv, capsys):
-    folder = argv[argv.index("--dir") + 1]
-    gains = []
+    folder, gains = argv[argv.index("--dir") + 1], []
     for sd in (0, 1):
         rows = train.main(another(argv, f"sd{sd}", "--sd", sd))["rows"]
-        gains.append(100 * (rows["CLIP-IT"]["balanced_accuracy"] - rows["vision head"]["balanced_accuracy"]))
+        trained, unimodal = (rows[row]["balanced_accuracy"] for row in ("CLIP-IT", "vision head"))
+        gains.append(100 * (trained - unimodal))
     train.main(another(argv, "other", "--no-text"))
     capsys.readouterr()
-    lines = train.main(["--table", folder, "--csv", folder / "table.csv"])["table"]
+    lines = train.main(["--table", folder])["table"]
     both = next(line for line in lines if line["row"] == "CLIP-IT")
     assert both["n"] == 2 and both["gain_mean"] == pytest.approx(sum(gains) / 2)
     assert both["gain_sd"] == pytest.approx(abs(gains[0] - gains[1]) / 2 ** 0.5)
@@ -312,77 +362,64 @@ def test_the_table_gathers_runs_that_differ_in_the_seed_alone(argv, capsys):
         assert [row["row"] for row in csv.DictReader(file)] == [line["row"] for line in lines]
 
 
-def test_what_a_run_was_is_in_args_json(argv):
-    train.main(argv)
-    held = json.loads((run_folder(argv) / "args.json").read_text())
-    assert held["config"]["lora_r"] == 16 and len(held["config"]["tiles"]) == len(held["config"]["reports_text"]) == 64
-    assert held["versions"]["torch"] == torch.__version__.split("+")[0] and held["places"]["device"] == "cpu"
-    assert 0 < held["parameters"]["trained"] < held["parameters"]["total"] and "commit" in held
-
-
-@pytest.mark.parametrize("flag", [["--wandb", 1], ["--tensorboard"]])
-def test_a_tracker_that_is_not_installed_is_one_line(argv, flag, monkeypatch, capsys):
-    for module in ("wandb", "torch.utils.tensorboard"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv + flag)])
-    with pytest.raises(SystemExit) as ended:
-        train.cli()
-    said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and "pip install" in said and flag[0] in said and len(said.splitlines()) == 1
+def test_wandb_that_is_not_installed_is_one_line(argv, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = said_by_cli(argv + ["--wandb"], monkeypatch, capsys)
+    assert "wandb" in said and len(said.splitlines()) == 1
 
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = [{root!r}]
-import torch
-import pairing, train
-torch.set_num_threads(1)
-place, calls, saved = {place!r}, [0], torch.save
+sys.path.insert(0, {root!r})
+import torch, train
+train.train_head.__defaults__ = {heads}
+replace, written = os.replace, []
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def killing_replace(part, path):
+    written.append(path.name)
+    if sum(name.startswith(file) for name in written) == number:
+        os.truncate(part, os.path.getsize(part) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(part, path)
 
-def save(state, path):  # dies with half a file written
-    saved(state, path)
-    calls[0] += 1
-    if place == f"save {{calls[0]}}":
-        os.truncate(path, os.path.getsize(path) // 2)
-        die()
-
-torch.save = save
-if place == "between heads":
-    head = train.train_head
-    train.train_head = lambda *args: (calls.append(1), die() if len(calls) == 3 else None, head(*args))[-1]
-if place == "after log":
-    finite = train.finite
-    train.open_trackers = lambda args, run: [lambda line, step: die() if step == 4 else None]
-if place == "before metrics":
-    train.Classifier.from_pretrained = lambda folder: die()
-train.main({argv!r})
+for (file, number), argv in {runs!r}.items():  # a fork each: torch is imported once
+    child = os.fork()
+    if not child:
+        os.replace = killing_replace
+        train.main(argv)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, file
 """
 
 
-@pytest.mark.parametrize("place", ["save 2", "between heads", "save 5", "save 7", "after log", "before metrics"])
-def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, place):
-    """Killed inside a write (of the cache, of heads.pt, of last.pt), between steps and between writes."""
-    more = ["--val-every", 0.5, "--lora-dropout", 0.1]
-    whole, killed = another(argv, "whole", *more), another(argv, "killed", *more)
-    code = KILLED.format(root=str(ROOT), place=place, argv=[str(word) for word in killed])
+def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, world):
+    """Killed while a file is written: of the cache, the first last.pt, the second, to which
+    log.jsonl has its line already, and metrics.json."""
+    argv += ["--val-every", 0.5, "--lora-dropout", 0.1]
+    places = [("tile-", 2), ("last.pt", 1), ("last.pt", 2), ("metrics.json", 1)]
+    killed = {place: replaced(argv, "--dir", world / f"{place}") for place in places}
+    runs = {place: [str(word) for word in run] for place, run in killed.items()}
+    code = KILLED.format(root=str(ROOT), heads=train.train_head.__defaults__, runs=runs)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    assert not (run_folder(killed) / "metrics.json").exists()
-    train.main(killed + ["--resume"])
-    train.main(whole)
-    assert bytes_of(killed) == bytes_of(whole)
-    steps = [[json.loads(line)["step"] for line in (run_folder(a) / "log.jsonl").read_text().splitlines()]
-             for a in (whole, killed)]
-    assert steps[0] == steps[1] == [2, 4, 6]
+    assert done.returncode == 0, done.stderr
+    train.main(argv)
+    for place, run in killed.items():
+        assert not (run_folder(run) / "metrics.json").exists()
+        train.main(run + ["--resume"])
+        assert bytes_of(run) == bytes_of(argv), place
+        assert [line["step"] for line in log_of(run)] == [2, 4, 6], place
 
 
 def test_the_modules_import_only_what_the_design_allows():
-    for module, never in (("data", ("pairing", "lora", "clipit", "train")), ("pairing", ("data", "lora", "clipit", "train")),
-                          ("lora", ("data", "pairing", "clipit", "train", "timm", "open_clip", "torchvision")),
-                          ("clipit", ("data", "pairing", "train", "open_clip"))):
-        code = f"import sys, {module}; print([m for m in {never!r} if m in sys.modules])"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert done.stdout.strip() == "[]", (module, done.stdout, done.stderr)
+    never = {"lora": "data pairing clipit train timm open_clip torchvision",
+             "pairing": "data lora clipit train timm open_clip torchvision",
+             "clipit": "data pairing train timm open_clip torchvision",
+             "data": "pairing lora clipit train timm open_clip"}
+    code = f"""import sys
+for name, others in {never}.items():
+    __import__(name)
+    assert not set(others.split()) & sys.modules.keys(), name
+    for own in {list(never)}:
+        sys.modules.pop(own, None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

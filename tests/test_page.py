@@ -1,0 +1,80 @@
+"""report.html: one whole, self-contained, small and safe page; its figures are those of the run."""
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import torch
+from PIL import Image
+from test_train import another, model_of, rows_of, run_folder
+
+import data
+import train
+
+
+class Page(HTMLParser):
+    """A page's text, tags and table. Fails where anything would run or be fetched."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tags, self.text, path = [], "", folder / "report.html"
+        self.source = path.read_text("utf-8")
+        assert self.source.startswith("<!DOCTYPE html>") and path.stat().st_size < 3e6
+        self.feed(self.source)
+        assert "script" not in self.tags and not re.search(r"url\(|@import", self.source)
+        self.rows = [[html.unescape(cell) for cell in re.findall("<t[hd][^>]*>([^<]*)", row)]
+                     for row in self.source.split("<tr>")[1:]]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on") and name not in ("href", "srcset", "action"), name
+            assert name != "src" or value.startswith("data:image/jpeg;base64,"), value[:80]
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_page_shows_the_figures_of_the_run_and_its_pairs(argv):
+    metrics, run, reports = train.main(argv), run_folder(argv), data.load_reports(argv[3])
+    page, pairs = Page(run), {row["tile"]: row for row in rows_of(argv, "pairs.csv")}
+    assert train.results(metrics) in page.text and page.tags.count("polyline") == 2
+    counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
+    assert page.rows[0] == ["", "A", "B", "C"]
+    assert counts == metrics["rows"]["CLIP-IT"]["confusion"]
+    shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*?)</p>", page.source)
+    assert len(shown) == page.tags.count("img") == 3 * 4  # four tiles of each class
+    for similarity, number, text, tile in shown:
+        row = pairs[html.unescape(tile)]
+        assert row["split"] == "train" and row["report"] == number
+        assert similarity == f"{float(row['similarity']):.3f}"
+        assert html.unescape(text) == reports[int(number)][:500]
+    assert json.loads(page.text.rpartition("Flags")[2])["config"]["lora_r"] == 16
+
+
+def test_the_page_is_there_after_the_pairing_and_after_a_run_without_training(argv):
+    model_of(argv)  # ends before step 4
+    page, alone = Page(run_folder(argv)), another(argv, "alone", "--ep", 0)
+    assert page.tags.count("img") == 12 and not page.rows and "polyline" not in page.tags
+    assert train.results(train.main(alone)) in Page(run_folder(alone)).text
+
+
+def test_text_of_others_is_shown_and_never_interpreted(argv, world):
+    bad = '<script>alert("1")<!-- &amp; <img src=x onerror=a> http:'
+    for split in ("train", "val", "test"):
+        (world / "tiles" / split / "A").rename(world / "tiles" / split / bad)
+    (world / "reports.txt").write_text(f"{bad} one\n{bad} two\n")
+    train.main(argv + ["--ep", 0])
+    page = Page(run_folder(argv))
+    assert page.rows[0][1] == page.rows[1][0] == bad  # the names of a column and a row
+    assert page.text.count(bad) >= 12 + 3 and html.escape(bad) in page.source
+
+
+def test_the_page_stays_small_whatever_the_tiles_and_reports(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    monkeypatch.setattr(data, "read_tile", lambda path: Image.fromarray(noise))
+    tiles = data.Tiles(["folder/" * 50] * 1500, [i % 100 for i in range(1500)], ["x" * 200] * 100)
+    (tmp_path / "args.json").write_text("{}")
+    train.write_page(tmp_path, tiles, [0] * 1500, torch.rand(1500), ['é"&<\n' * 20_000])
+    assert Page(tmp_path).tags.count("img") == 40 * 4  # of the first classes
