@@ -153,6 +153,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line |= validate(model, tiles["val"], pairs["val"], text, args)
             line |= {"lr": optimizer.param_groups[0]["lr"],
                      "tiles_per_second": round(steps * args.batch / seconds, 1)}
+            stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
             update_best(state, line, model, args)
             save_training(run, state, line, model, optimizer, args)
             if tracker:
@@ -196,7 +197,7 @@ def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> d
     """The loss and its parts over the whole validation split, and accuracies. The prediction uses
     the image alone; the reports enter the distillation part of the loss."""
     model.eval()
-    order, rows = torch.arange(len(tiles)).split(args.batch), []
+    order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
     for images, _, report, _ in batches(tiles, pairs, order, args):
         rows.append(forward(model, images, report, *text, args))
     logits, t_hat, t = (None if parts[0] is None else gather(torch.cat(parts), len(tiles))
@@ -384,18 +385,26 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
                    vision_head.in_features, clip.dim, args.kd_layers,
                    fused="lora" not in args.baseline, random_fusion="random-fusion" in args.authors)
     model.vision_head.load_state_dict(vision_head.state_dict())
-    lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
     if args.lora_vision:
-        inject_lora(backbone, *lora)
+        adapt(backbone, args)
     if args.lora_text and not args.no_text:
         model.text_tower = clip.text_tower
-        inject_lora(clip.text_tower, *lora)
+        adapt(clip.text_tower, args)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
     clip.image_tower = None  # its part has ended
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return model.to(args.device)
+
+
+def adapt(tower: nn.Module, args) -> None:
+    """LoRA on the tower's layers of --lora-targets; a tower that has none stays as it is."""
+    kinds = tuple(TARGETS[target].adapts for target in args.lora_targets)
+    if any(isinstance(layer, kinds) for layer in tower.modules()):
+        inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    else:
+        print(f"no {' or '.join(args.lora_targets)} layer in {type(tower).__name__}: no LoRA in it")
 
 
 def variant(args) -> str:
@@ -487,6 +496,10 @@ def gather(rows: Tensor, n: int) -> Tensor:
     return rows.cpu()
 
 
+def wait_for_all() -> None:
+    sum_over_processes([torch.zeros(1)])
+
+
 def write_file(path: Path, write) -> None:
     """write(a temporary name), then renamed: a killed run leaves the old file or the new one. The
     first process writes, the others wait for it."""
@@ -498,8 +511,7 @@ def write_file(path: Path, write) -> None:
         if path.is_dir():  # a folder cannot be renamed over another
             shutil.rmtree(path)
         os.replace(part, path)
-    if WORLD > 1:
-        dist.barrier()
+    wait_for_all()
 
 
 # ---- The cache: features are computed once for the same tiles and weights -----------------------
@@ -514,9 +526,11 @@ def cached(kind: str, tower: nn.Module, key: list, compute, args) -> Tensor:
     path = Path(args.dir, "cache", f"{kind}-{digest.hexdigest()[:16]}.pt")
     try:
         tensor = torch.load(path, weights_only=True)
-        print(f"{kind} features: from the cache")
     except Exception:  # none there, or whatever is wrong with it: computing mends it
-        print(f"{kind} features: computed")
+        tensor = None
+    wait_for_all()  # all have looked before one of them writes it
+    print(f"{kind} features: {'computed' if tensor is None else 'from the cache'}")
+    if tensor is None:
         tensor = compute()
         write_file(path, lambda part: torch.save(tensor, part))
     return tensor
@@ -536,7 +550,7 @@ def tile_facts(tiles: Tiles) -> list:
 # Flags that say where and how a run is made, not what it is: they may change when it is resumed
 PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log",
           "table", "wandb", "grad_checkpointing")
-RESULTS = ("metrics.json", "predictions.csv", "last.pt", "log.jsonl", "pairs.csv", "report.html")
+RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html")
 
 
 def open_run(args, tiles, reports: list[str]) -> Path:
@@ -560,7 +574,8 @@ def open_run(args, tiles, reports: list[str]) -> Path:
     if not args.resume and RANK == 0:  # old results go first, so that none can be mistaken
         shutil.rmtree(run / "classifier", ignore_errors=True)
         for name in RESULTS:
-            (run / name).unlink(missing_ok=True)
+            for path in run.glob(name):
+                path.unlink()
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
     versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
     places = {key: str(getattr(args, key)) for key in PLACES}
@@ -619,7 +634,7 @@ def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
     if not all(math.isfinite(value) for value in parts.values()):
         figures = ", ".join(f"{key} {value:.4g}" for key, value in parts.items())
         raise FloatingPointError(f"not finite at step {step}: {figures}; try a lower --lr\n"
-                                 f"{run / 'last.pt'} holds the state of the last validation")
+                                 f"{run / 'last.pt'} holds the last validation's state, if any")
 
 
 def open_tracker(run: Path, args):
@@ -798,6 +813,8 @@ def table(folder: Path) -> dict:
         metrics = json.loads(path.read_text())
         config = json.loads((path.parent / "args.json").read_text())["config"]
         flags = json.dumps({key: x for key, x in config.items() if key not in ("sd", "inputs")})
+        if metrics["best"] is None:  # --ep 0: nothing was trained
+            continue
         name = list(metrics["rows"])[-1]
         pair = [100 * metrics["rows"][row]["balanced_accuracy"] for row in ("vision head", name)]
         groups.setdefault((config["ds"], config["model"], name, flags), []).append(pair)

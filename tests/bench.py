@@ -1,76 +1,60 @@
-"""What the parts of CLIP-IT cost, each beside its reference in the same run. Nothing here asserts a time.
+"""What the parts of CLIP-IT cost, each beside its reference. Prints figures and asserts nothing.
 
-    python tests/bench.py [--only train infer heads pair malloc slopes gpu] [--device cpu] [--repeat 3]
+    python tests/bench.py --only train infer heads pair malloc slopes gpu --device cpu --repeat 3
 
-Entries take turns, so that a machine that wanders slows all of them alike: a time is the median of its repeats, a ratio
-the median of its ratios to the first entry's time in the same turn. Memory is the peak over three steps above the built
-model, each in a process of its own. Weights are random: ViT-S/16 at 224, a text tower of CONCH's size with reports that
-fill its 127 tokens, LoRA r 16, alpha 8 on both, batch 16. The authors' rows are their steps with this repository's
-parts: open_clip's own text forward, the report of every tile encoded, timm's own blocks, each LoRA branch added as a
-tensor of its own.
+Entries take turns, so that a machine that wanders slows all alike: a time is the median of its
+turns, a ratio the median of the ratios to the first entry in the same turn. GB is the peak above
+the built model, in a process of its own. Weights are random: ViT-S/16 at 224, CONCH's text tower
+with reports that fill it, LoRA r 16 on both, 16 tiles. The authors' step: open_clip's text tower,
+every tile's report encoded, each LoRA branch added as a tensor of its own.
 """
 import argparse
 import ctypes
-import json
 import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
-from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
+from torchvision.io import write_jpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clipit import Classifier, ClipIT, clipit_loss, keep_freed_memory, load_backbone, tile_transform
+from clipit import Classifier, ClipIT, clipit_loss, load_backbone
+from data import Tiles
 from lora import LoRALinear, inject_lora
-from pairing import build_conch, embed_images, load_clip, nearest_text
-from train import train_head
+from pairing import ConchText, embed_images, load_clip, nearest_text
+from train import forward, train_head
 
-VITS = {"ViT-S/16": "vit_small_patch16_224", "ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224"}
-BATCH, CLASSES, TEXT_DIM, TILES, REPORTS = 16, 9, 512, 300_000, 20_000  # the last two: of nearest_text
-HEAD_STEPS = 500  # at batch 256
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}  # bf16 FLOP/s, not sparse
-
-
-# ---- What is measured: each builder gets the device and returns the function that is timed --------------------------
-
-def plain_vit(name="ViT-S/16"):
-    return timm.create_model(VITS[name], num_classes=0)
+VIT, DIM, HALF = "vit_small_patch16_224", 512, [0.5, 0.5, 0.5]
+# glibc keeps freed memory: no block apart from the heap, which does not shrink and grows by 64 MB
+KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_="67108864")
 
 
-def images(device, count=BATCH):
-    return torch.randn(count, 3, 224, 224, device=device)
-
-
-def unit(count, device, dim=TEXT_DIM):
-    return F.normalize(torch.randn(count, dim, device=device), dim=1)
-
-
-def full_training(device):
-    model, x = plain_vit().to(device).train(), images(device)
+# Builders of what is measured: each gets the device and returns the function that is timed
+def plain(device, train=False, vit=VIT, batch=16, amp=False, classifier=False):
+    """Forward, with `train` backward too, of timm's ViT, or of a Classifier around it."""
+    model = timm.create_model(vit, num_classes=0)
+    if classifier:
+        model = Classifier(vit, dict(num_classes=0), 224, HALF, HALF, list("ABCDEFGHI"), 384, DIM)
+    model, x = model.to(device).train(train), torch.randn(batch, 3, 224, 224, device=device)
 
     def step():
-        model.zero_grad()
-        model(x).sum().backward()
+        with torch.set_grad_enabled(train), torch.autocast(x.device.type, torch.bfloat16, amp):
+            result = model(x)
+        if train:
+            result.sum().backward()
+            model.zero_grad()
     return step
-
-
-def bare_forward(device):
-    model, x = plain_vit().to(device).eval(), images(device)
-    return torch.inference_mode()(lambda: model(x))
 
 
 class PlainLoRALinear(LoRALinear):
@@ -81,309 +65,185 @@ class PlainLoRALinear(LoRALinear):
 def adapt(model, kind):
     if kind == "peft":
         from peft import LoraConfig, inject_adapter_in_model
-        names = [name for name, layer in model.named_modules()
-                 if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Embedding))]
+        layers = nn.Linear, nn.Conv2d, nn.Embedding
+        names = [name for name, layer in model.named_modules() if isinstance(layer, layers)]
         return inject_adapter_in_model(LoraConfig(r=16, lora_alpha=8, target_modules=names), model)
     inject_lora(model, rank=16, alpha=8)
     for layer in model.modules():
         if kind == "authors" and isinstance(layer, LoRALinear):
             layer.__class__ = PlainLoRALinear
-    return model
 
 
-def clipit_model(device, text, distinct, kind="ours", batch=BATCH):
-    """(ClipIT, tokens, report) of a batch with so many distinct reports; text=False: their features are fixed."""
-    report = torch.arange(batch) % distinct
-    backbone = adapt(plain_vit() if kind == "authors" else load_backbone(VITS["ViT-S/16"], "none"), kind)
-    if not text:
-        tower, tokens = nn.Embedding(REPORTS, TEXT_DIM).requires_grad_(False), torch.randint(REPORTS, (distinct,))
-    else:
-        tower, tokens = build_conch().text, torch.randint(1, 32_000, (distinct, 128))  # no pads
+def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
+    """train.py's step. distinct: reports in the batch; 0: their features are looked up."""
+    backbone, tower, tokens = load_backbone(vit, "none"), None, None
+    adapt(backbone, kind)
+    if distinct:
+        tokens = torch.randint(1, 32_000, (distinct, 128), device=device)  # no pads
+        tower = ConchText(128, 32007, 768, 12, 12, DIM)
         if kind == "authors":
-            tower.__class__ = TextTransformer
-            tokens, report = tokens[report, :-1], torch.arange(BATCH)
+            tower = TextTransformer(127, 32007, 768, 12, 12, output_dim=DIM, embed_cls=True)
         adapt(tower, kind)
-    model = ClipIT(backbone, tower, CLASSES, backbone.num_features, TEXT_DIM)
-    return model.to(device), tokens.to(device), report.to(device)
-
-
-def training(device, text, distinct, kind="ours", batch=BATCH):
-    model, tokens, report = clipit_model(device, text, distinct, kind, batch)
-    fixed, labels = images(device, batch), torch.randint(CLASSES, (batch,), device=device)
-    trained = [p for p in model.train().parameters() if p.requires_grad]
+    model = ClipIT(backbone, tower, 9, backbone.num_features, DIM).to(device).train()
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    text_emb, tile = torch.randn(batch, DIM, device=device), torch.arange(batch, device=device)
+    labels, report = tile % 9, tile % (distinct or batch)
+    args = argparse.Namespace(device=images.device, amp=amp and "bf16", no_text=False, authors=[])
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=1e-4, fused=True)
 
-    def step(x=fixed):
-        logits, t_hat, t = model.forward_train(x, tokens, report)
-        loss, _ = clipit_loss(logits, labels, t_hat, t)
-        loss.backward()
+    def step(x=images):
+        if kind == "authors":
+            logits, t_hat, t = model.forward_train(x, tokens[report, :-1])
+        else:
+            logits, t_hat, t = forward(model, x, report, text_emb, tokens, args)
+        clipit_loss(logits, labels, t_hat, t)[0].backward()
         nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
     return step
 
 
-def classifier(device, batch=BATCH):
-    model = Classifier(VITS["ViT-S/16"], dict(num_classes=0), 224, [0.5] * 3, [0.5] * 3,
-                       [str(i) for i in range(CLASSES)], 384, TEXT_DIM).to(device)
-    x = images(device, batch)
-    return torch.inference_mode()(lambda: model(x))
-
-
-def authors_test(device):
-    model, tokens, report = clipit_model(device, True, BATCH, "authors")
-    model, x = model.eval(), images(device)
-    return torch.inference_mode()(lambda: model.forward_train(x, tokens, report))
-
-
 def head_on_features(device):
-    features = {split: torch.randn(count, 384) for split, count in (("train", 20_000), ("val", 2000))}
-    labels = {split: torch.randint(CLASSES, (len(x),)) for split, x in features.items()}
-    return lambda: train_head(nn.Linear(384, CLASSES), features, labels, 0, HEAD_STEPS, patience=HEAD_STEPS)
+    features = {"train": torch.randn(20_000, 384), "val": torch.randn(2000, 384)}
+    labels = {split: torch.arange(len(x)) % 9 for split, x in features.items()}
+    return lambda: train_head(nn.Linear(384, 9), features, labels, 0, 500, patience=500)
 
 
-def head_on_backbone(device):
-    """A step of BATCH tiles: HEAD_STEPS of 256 tiles take SCALE times as long."""
-    forward, head = bare_forward(device), nn.Linear(384, CLASSES).to(device)
-    labels, optimizer = torch.randint(CLASSES, (BATCH,), device=device), torch.optim.AdamW(head.parameters())
-
-    def step():
-        optimizer.zero_grad()
-        F.cross_entropy(head(forward().clone()), labels).backward()
-        optimizer.step()
-    return step
+def cosines(device, tiles, nearest=True):
+    v, t = (torch.randn(count, DIM, device=device) for count in (tiles, 20_000))
+    block = torch.empty(1024, 20_000, device=device)
+    if nearest:
+        return partial(nearest_text, v, t)
+    return lambda: [torch.mm(part, t.T, out=block[:len(part)]) for part in v.split(1024)]
 
 
-def cosines(device, tiles, nearest):
-    image_emb, text_emb = unit(tiles, device), unit(REPORTS, device)
-    block = torch.empty(1024, REPORTS, device=device)
-
-    def product():
-        for part in image_emb.split(1024):
-            torch.mm(part, text_emb.T, out=block[:len(part)])
-    return (lambda: nearest_text(image_emb, text_emb)) if nearest else product
-
-
-PEFT = {f"with peft's LoRA, {name}": partial(training, text=text, distinct=distinct, kind="peft")
-        for name, text, distinct in (("6 distinct", True, 6), ("16 distinct", True, 16), ("fixed", False, 6))}
-GROUPS = {
-    "train": {"R: ViT-S/16, all weights trained": full_training, "F: its forward": bare_forward,
-              "step, 6 distinct reports": partial(training, text=True, distinct=6),
-              "step, 16 distinct reports": partial(training, text=True, distinct=16),
-              "step, report features fixed": partial(training, text=False, distinct=6),
-              "authors' step": partial(training, text=True, distinct=16, kind="authors")}
-    | (PEFT if find_spec("peft") else {}),
-    "infer": {"F: ViT-S/16, forward": bare_forward, "Classifier": classifier, "authors' test step": authors_test},
-    "heads": {"features computed once": head_on_features, "backbone at every step": head_on_backbone},
-    "pair": {"matrix product, 20,000 tiles": partial(cosines, tiles=20_000, nearest=False),
-             "nearest_text, 20,000 tiles": partial(cosines, tiles=20_000, nearest=True)},
-}
-WHOLE = partial(cosines, tiles=TILES, nearest=True)
-SCALE = {"backbone at every step": HEAD_STEPS * 256 / BATCH}
+def reading(device, tiles, train=False):
+    """embed_images (ViT-B/32), or a training epoch (6 reports a batch), of JPEG files."""
+    path = f"{os.environ.get('TMPDIR', '/tmp')}/clipit-bench.jpg"
+    pixels = F.interpolate(90 + 120 * torch.rand(1, 3, 28, 28), scale_factor=8)[0]
+    write_jpeg((pixels + 40 * torch.rand(3, 224, 224)).byte(), path, quality=90)
+    clip, backbone = load_clip("quilt", "none", device=device), load_backbone(VIT, "none")
+    data = Tiles([path] * tiles, [0] * tiles, ["tissue"], (backbone if train else clip).preprocess)
+    if not train:
+        return partial(embed_images, clip, data, 64, workers=2)
+    step = training(device, distinct=6)
+    loader = torch.utils.data.DataLoader(data, batch_size=16, num_workers=2)
+    return lambda: [step(images.to(device)) for images, _ in loader]
 
 
-# ---- Children: each runs in a process of its own and prints JSON ----------------------------------------------------
+KEPT, GIVEN = "freed memory kept", "freed memory given back"
+TABLES = {
+    "train": {"R: all of ViT-S/16": partial(plain, train=True), "F: its forward": plain,
+              "step, 6 distinct reports": partial(training, distinct=6),
+              "step, 16 distinct reports": partial(training, distinct=16),
+              "step, features fixed": training,
+              "authors' step": partial(training, distinct=16, kind="authors"),
+              **{f"with peft's LoRA, {n or 'fixed'}": partial(training, distinct=n, kind="peft")
+                 for n in (6, 16, 0) if find_spec("peft")}},
+    "infer": {"F: ViT-S/16, forward": plain, "Classifier": partial(plain, classifier=True)},
+    "heads": {"500 steps on stored features": head_on_features, "through the backbone": plain},
+    "malloc, training": dict.fromkeys((KEPT, GIVEN), partial(training, batch=64)),
+    "malloc, Classifier": dict.fromkeys((KEPT, GIVEN), partial(plain, batch=64, classifier=True)),
+    "slopes, embed_images": {f"{n} tiles": partial(reading, tiles=n) for n in (64, 128, 256, 512)},
+    "slopes, training": {f"{n} tiles": partial(reading, tiles=n, train=True)
+                         for n in (16, 32, 64, 128)},
+    "gpu": {f"{vit}, {step.__name__}": partial(step, vit=vit, batch=128, amp=True)
+            for vit in (VIT, "vit_base_patch16_224", "vit_large_patch16_224")
+            for step in (training, plain)}}
+for n in (20_000, 300_000):
+    TABLES[f"pair, {n:,} x 20,000"] = {"matrix product": partial(cosines, tiles=n, nearest=False),
+                                       "nearest_text": partial(cosines, tiles=n)}
+ALONE = "malloc", "pair, 300"  # timed in processes of their own too, and not in turns
+SCALE = {"through the backbone": 500 * 256 / 16}
 
-def seconds(function, device, synchronize=torch.cuda.synchronize):
-    start = time.perf_counter()
-    function()
+# PyTorch's counter passes over LoRA's product in place and over attention on a CPU
+aten, formulas = torch.ops.aten, flop_counter.flop_registry
+formulas[aten.addmm_] = formulas[aten.addmm]
+attention = "_scaled_dot_product_flash_attention"
+for name in (attention + "{}", attention + "{}_backward"):
+    formulas[getattr(aten, name.format("_for_cpu"))] = formulas[getattr(aten, name.format(""))]
+
+
+def now():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device):
     if device != "cpu":
-        synchronize()
-    return time.perf_counter() - start
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def child_times(group, device, repeat):
-    entries = {name: build(device) for name, build in GROUPS[group].items()}
-    turns = [{name: SCALE.get(name, 1) * seconds(function, device) for name, function in entries.items()}
-             for _ in range(repeat + 1)]
-    return {name: [turn[name] for turn in turns[1:]] for name in entries}  # the first one warms up
-
-
-def resident(key):
-    """VmRSS or VmHWM (its peak) of this process in bytes. Linux; getrusage's peak counts the parent's memory too."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def child_memory(group, device, entry):
-    function = GROUPS.get(group, {}).get(entry, WHOLE)(device)
-    cuda = device != "cpu"
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # what building took and freed again would hide a part of the peak
-    built = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    spent = [seconds(function, device) for _ in range(3 if entry else 1)]
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    with FlopCounterMode(display=False) as counter:
-        if entry:
+def measure(table, device, repeat, names):
+    """Entry -> FLOPs and seconds of the turns; bytes at the peak above the built entries."""
+    functions, found = {name: TABLES[table][name](device) for name in names}, {}
+    ctypes.CDLL(None).malloc_trim(0)  # what building freed would hide a part of the peak
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    built = peak_memory(device)
+    for name, function in functions.items():  # the run that is counted warms up
+        with flop_counter.FlopCounterMode(display=False) as counter:
             function()
-    return {"above": peak - built, "all": peak, "seconds": spent[-1], "flops": counter.get_total_flops()}
+        found[name] = counter.get_total_flops() * SCALE.get(name, 1), []
+    for _ in range(repeat):
+        for name, function in functions.items():
+            start = now()
+            function()
+            found[name][1].append((now() - start) * SCALE.get(name, 1))
+    return found, peak_memory(device) - built
 
 
-def child_malloc(device, repeat, keep):
-    """Seconds of a training step of 64 tiles, report features fixed, and of the classifier's forward pass on them.
-    keep: whether freed memory is kept; main() sees to it before anything is built."""
-    return {name: median([seconds(function, device) for _ in range(repeat + 1)][1:])
-            for name, function in (("training", training(device, False, 6, batch=64)),
-                                   ("inference", classifier(device, batch=64)))}
+def share(device):
+    """The share of embed_images' time that is spent inside its tower."""
+    embed, spent = reading(device, 512), []
+    tower = embed.args[0].image_tower
+    tower.register_forward_pre_hook(lambda *_: spent.append(-now()))
+    tower.register_forward_hook(lambda *_: spent.append(now()))
+    start = now()
+    embed()
+    return sum(spent) / (now() - start)
 
 
-class TileFiles:
-    """`count` JPEG tiles of 224 x 224 pixels, 128 files read round and round, as a data set of (image, 0)."""
-
-    def __init__(self, folder, count, transform):
-        self.folder, self.count, self.transform = folder, count, transform
-        generator = np.random.default_rng(0)
-        for i in range(0 if Path(folder, "127.jpg").exists() else 128):
-            coarse = Image.fromarray(generator.integers(90, 250, (28, 28, 3), dtype="uint8")).resize((224, 224))
-            pixels = np.asarray(coarse) + generator.integers(-20, 20, (224, 224, 3))
-            Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(f"{folder}/{i}.jpg", quality=90)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        with Image.open(f"{self.folder}/{index % 128}.jpg") as image:
-            return self.transform(image.convert("RGB")), 0
+def apart(function, *arguments, keep=True):
+    """What the function returns in a process of its own, whose malloc keeps freed memory."""
+    for name in KEEP:
+        os.environ.pop(name, None)
+    os.environ |= KEEP if keep else {}
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def child_embed(device, tiles=512, workers=2):
-    """Seconds inside the CLIP tower and of the whole loop, for ViT-B/32, the cheapest of the pairing models."""
-    clip, inside = load_clip("quilt", "none", device=device), []
-    encode = clip.encode_image
-
-    def timed(batch):
-        result = []
-        inside.append(seconds(lambda: result.append(encode(batch)), device))
-        return result[0]
-    clip.encode_image = timed
-    with tempfile.TemporaryDirectory() as folder:
-        data = TileFiles(folder, tiles, clip.preprocess)
-        return {"all": seconds(lambda: embed_images(clip, data, 64, workers), device), "tower": sum(inside),
-                "tiles": tiles}
-
-
-def child_slopes(device, workers=2):
-    """Seconds of pairing (ViT-B/32, 2,000 reports) and of a training epoch (6 reports a batch) at 1x ... 8x tiles."""
-    clip, reports = load_clip("quilt", "none", device=device), unit(2000, device)
-    step, transform = training(device, text=True, distinct=6), tile_transform(224, [0.5] * 3, [0.5] * 3)
-
-    def pair(count):
-        data = TileFiles(folder, count, clip.preprocess)
-        nearest_text(embed_images(clip, data, 32, workers).to(device), reports)
-
-    def epoch(count):
-        for x, _ in torch.utils.data.DataLoader(TileFiles(folder, count, transform), BATCH, num_workers=workers):
-            step(x.to(device))
-
-    with tempfile.TemporaryDirectory() as folder:
-        pair(32), epoch(BATCH)
-        return {"pairing": {n: seconds(lambda: pair(n), device) for n in (32, 64, 128, 256)},
-                "training": {n: seconds(lambda: epoch(n), device) for n in (16, 32, 64, 128)}}
-
-
-def child_gpu(device, repeat):
-    """Tiles and FLOPs per second in bf16: a training step with report features fixed, and the bare backbone."""
-    cuda, found = device != "cpu", {}
-    size, rounds, autocast = (256, 10, "cuda") if cuda else (2, 1, "cpu")
-    for name in VITS:
-        x = images(device, size).contiguous(memory_format=torch.channels_last)
-        backbone = adapt(load_backbone(VITS[name], "none"), "ours")
-        model = ClipIT(backbone, None, CLASSES, backbone.num_features, TEXT_DIM)
-        model = model.to(device, memory_format=torch.channels_last).train()
-        plain = plain_vit(name).to(device, memory_format=torch.channels_last).eval()
-        t, labels = unit(size, device), torch.randint(CLASSES, (size,), device=device)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=1e-3, fused=True)
-
-        def step():
-            with torch.autocast(autocast, torch.bfloat16):
-                logits, t_hat = model.fuse(model.backbone(x))
-            optimizer.zero_grad()
-            clipit_loss(logits.float(), labels, t_hat.float(), t)[0].backward()
-            nn.utils.clip_grad_norm_(trained, 0.5)
-            optimizer.step()
-
-        @torch.inference_mode()
-        def forward():
-            with torch.autocast(autocast, torch.bfloat16):
-                plain(x)
-
-        for kind, function in (("training", step), ("inference", forward)):
-            with FlopCounterMode(display=False) as counter:
-                function()
-            spent = [seconds(lambda: [function() for _ in range(rounds)], device) / rounds for _ in range(repeat + 1)]
-            spent = median(spent[1:])
-            found[f"{name} {kind}"] = {"tiles": size / spent, "flops": counter.get_total_flops() / spent}
-    chip = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    return {"chip": chip, "peak": next((flops for key, flops in PEAK.items() if key in chip), None), "rows": found}
-
-
-# ---- The table ------------------------------------------------------------------------------------------------------
-
-def child(*arguments):
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(arguments)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"bench.py {arguments}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def row(*cells):
-    print(f"{cells[0]:<36}" + "".join(f"{cell:>16}" for cell in cells[1:]), flush=True)
+def show(table, device, repeat):
+    names, memory, found = list(TABLES[table]), {}, {}
+    if table.startswith(("train", *ALONE)):
+        for name in names:
+            alone, memory[name] = apart(measure, table, device, repeat, [name], keep=name != GIVEN)
+            found |= alone
+    if not table.startswith(ALONE):
+        found, _ = apart(measure, table, device, repeat, names)
+    first_flops, first = found[names[0]]
+    print(f"\n{table:<34}     seconds       ratio  ratio of FLOPs     GFLOP/s      GB")
+    for name, (flops, seconds) in found.items():
+        spent, ratio = median(seconds), median(a / b for a, b in zip(seconds, first))
+        print(f"{name:<34}{spent:12.3f}{ratio:12.4g}{flops / first_flops:16.4g}"
+              f"{flops / spent / 1e9:12.1f}{memory.get(name, float('nan')) / 1e9:8.2f}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=(*GROUPS, "malloc", "slopes", "gpu"))
+    groups = ["train", "infer", "heads", "pair", "malloc", "slopes", "gpu"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups[:-1])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        name, *rest = args.child
-        if name != "malloc" or rest[-1]:
-            keep_freed_memory()
-        return print(json.dumps(globals()[f"child_{name}"](*rest)))
-    device = args.device
-    packages = [f"{name} {version(name) if find_spec(name) else 'not installed'}" for name in ("torch", "timm", "peft")]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, device {device}, "
-          f"{', '.join(packages)}; medians of {args.repeat}")
-    for group in args.only or [*GROUPS, "malloc", "slopes"] + ["gpu"] * (device != "cpu"):
-        print()
-        if group in GROUPS:
-            times = child("times", group, device, args.repeat)
-            reference = next(iter(times.values()))
-            row(group, "seconds", "ratio", *(["ratio of FLOPs", "peak GB above"] if group == "train" else []))
-            flops = None
-            for name, spent in times.items():
-                cells = [f"{median(spent):.3f}", f"{median(a / b for a, b in zip(spent, reference)):.4g}"]
-                if group == "train":
-                    found = child("memory", group, device, name)
-                    flops = flops or found["flops"]
-                    cells += [f"{found['flops'] / flops:.3f}", f"{found['above'] / 1e9:.2f}"]
-                row(name, *cells)
-        if group == "pair":
-            whole, embed = child("memory", "", device, ""), child("embed", device)
-            speed = 2e-9 * TILES * REPORTS * TEXT_DIM / whole["seconds"]
-            row("nearest_text, 300,000 tiles", f"{whole['seconds']:.1f}", f"{speed:.0f} GFLOP/s",
-                f"{whole['all'] / 1e9:.2f} GB in all")
-            row("embed_images, ViT-B/32", f"{embed['all']:.2f}", f"{embed['tiles'] / embed['all']:.1f} tiles/s",
-                f"{embed['tower'] / embed['all']:.1%} in tower")
-        elif group == "malloc":
-            kept, given = child("malloc", device, args.repeat, True), child("malloc", device, args.repeat, False)
-            row("a batch of 64, freed memory", "kept", "given back", "ratio")
-            for name in kept:
-                row(name, f"{kept[name]:.2f}", f"{given[name]:.2f}", f"{given[name] / kept[name]:.2f}")
-        elif group == "slopes":
-            for kind, spent in child("slopes", device).items():
-                (few, least), *_, (many, most) = ((int(count), s) for count, s in spent.items())
-                row(f"{kind} of so many tiles", *spent, "hours a million")
-                row("seconds", *(f"{s:.2f}" for s in spent.values()), f"{(most - least) / (many - few) / 3.6e-3:.1f}")
-        elif group == "gpu":
-            found = child("gpu", device, args.repeat)
-            row(found["chip"], "tiles/s", "TFLOP/s", "of bf16 peak")
-            for name, values in found["rows"].items():
-                row(name, f"{values['tiles']:.0f}", f"{values['flops'] / 1e12:.2f}",
-                    f"{values['flops'] / found['peak']:.1%}" if found["peak"] else "peak unknown")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {args.device}, torch "
+          f"{torch.__version__}, timm {timm.__version__}; medians of {args.repeat}")
+    for table in [name for group in args.only for name in TABLES if name.startswith(group)]:
+        show(table, args.device, args.repeat)
+    if "slopes" in args.only:
+        print(f"embed_images: {apart(share, args.device):.1%} of it inside the tower")
 
 
 if __name__ == "__main__":

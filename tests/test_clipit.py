@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import DEMO, REPORTS, ROOT
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from clipit import (BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier,
                     tile_transform)
@@ -22,8 +20,7 @@ C = len(CLASSES)
 
 
 def make_model(**options):
-    """A ClipIT with LoRA on both towers, its LoRA moved away from the start; three tokenised
-    reports."""
+    """A ClipIT with LoRA on both towers, moved away from its start, and tokens of three reports."""
     torch.manual_seed(0)
     clip = load_clip(f"local-dir:{DEMO}/clip")
     backbone = load_backbone(f"local-dir:{DEMO}/backbone")
@@ -142,22 +139,6 @@ def test_the_classifier_equals_the_trained_model_and_holds_no_text(options, tmp_
     assert again.classes == CLASSES and again.text_tower is None and not again.training
     assert not any("lora" in key or "text_tower" in key for key in again.state_dict())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    d, t = again.sizes["vision_dim"], again.sizes["text_dim"]
-    added = sum(p.numel() for p in again.parameters())
-    added -= sum(p.numel() for p in again.backbone.parameters())
-    distill = d * t + t if again.sizes["kd_layers"] == 1 else d * d + d + d * t + t
-    fused = distill + t * t + t + t * C + C + 2 * C * C + C
-    assert added == d * C + C + (0 if options == dict(fused=False) else fused)
-
-
-def test_a_config_of_the_weights_alone_is_enough(model, tmp_path):
-    classifier = model.to_classifier(CLASSES)
-    classifier.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    about = [config.pop(key) for key in ("backbone_id", "licence", "run")]
-    assert about == ["local-dir:backbone", "mit", None]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(Classifier.from_pretrained(tmp_path)(images()), classifier(images()))
 
 
 @pytest.mark.parametrize("size", [64, 96])
@@ -180,33 +161,20 @@ def test_export_and_trace_give_the_same_logits_at_any_batch(model, size, monkeyp
             torch.testing.assert_close(other(batch), classifier(batch), atol=1e-5, rtol=0)
 
 
-def test_a_file_that_lacks_a_weight_is_refused(model, tmp_path):
-    model.to_classifier(CLASSES).save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["fusion.bias"]
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="fusion.bias"):
-        Classifier.from_pretrained(tmp_path)
-
-
 def test_a_saved_classifier_works_in_a_fresh_process_without_open_clip(model, tmp_path):
     model.eval().to_classifier(CLASSES).save_pretrained(tmp_path)
     image = Image.new("RGB", (80, 70), (200, 120, 160))
     image.save(tmp_path / "tile.png")
-    code = """if True:
+    code = f"""if True:
         import sys
         from PIL import Image
         from clipit import Classifier
-        folder = sys.argv[1]
-        classifier = Classifier.from_pretrained(folder)
-        print(classifier.predict([Image.open(f"{folder}/tile.png")]).tolist())
+        image = Image.open("{tmp_path}/tile.png")
+        print(Classifier.from_pretrained("{tmp_path}").predict([image]).tolist())
         assert "open_clip" not in sys.modules and "pairing" not in sys.modules"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT)
     expected = model(model.backbone.preprocess(image)[None]).softmax(1)
-    got = torch.tensor(json.loads(done.stdout))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(json.loads(said)), expected, atol=1e-5, rtol=0)
 
 
 def test_batch_norm_of_a_frozen_backbone_keeps_its_statistics():
@@ -231,5 +199,5 @@ def test_the_transform_is_shortest_side_centre_crop_own_mean_and_std():
 
 def test_a_text_classifier_is_the_papers_mlp():
     first, between, second = text_classifier(6, 3)
-    assert type(between) is nn.LeakyReLU and between.negative_slope == 0.1
+    assert type(between) is torch.nn.LeakyReLU and between.negative_slope == 0.1
     assert first.weight.shape == (6, 6) and second.weight.shape == (3, 6)

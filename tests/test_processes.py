@@ -41,8 +41,8 @@ def torchrun(folder, argv, more=""):
 
 
 def test_two_processes_go_on_with_what_one_began_and_give_what_one_gives(argv, world):
-    """Pairs, losses and metrics; 24 tiles in batches of 7 leave 3 for the last one."""
-    one = replaced(argv, "--batch", 7) + ["--val-every", 0.5]
+    """Pairs, losses and metrics; 24 tiles in batches of 5 leave 4 for the last one."""
+    one = replaced(argv, "--batch", 5) + ["--val-every", 0.5]
     two, metrics = another(one, "two"), train.main(one)
     stop = dict(wraps=train.validate, side_effect=[DEFAULT, KeyboardInterrupt])
     with patch.object(train, "validate", **stop), pytest.raises(KeyboardInterrupt):
