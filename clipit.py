@@ -351,6 +351,8 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: expected 1 or more")
     inside = Path(args.model, "classifier")
     try:
         source = inside if inside.is_dir() else args.model

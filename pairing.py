@@ -151,6 +151,9 @@ def load_open_clip(name: str, weights=None):
         if not weights:
             hub_file(model_id, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
         model_id = f"local-dir:{Path(config).parent}"
+        text = json.loads(Path(config).read_text())["model_cfg"]["text_cfg"]
+        if "hf_tokenizer_name" not in text:  # that one lies elsewhere
+            tokenizer_id = model_id
     images = {f"image_{key}": known.get(key)
               for key in ("mean", "std", "interpolation", "resize_mode")}
     logging.disable(logging.WARNING)  # "initialized randomly": so it was asked for
