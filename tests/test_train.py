@@ -372,6 +372,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, train
+torch.set_num_threads(1)  # as here: another number sums in another order
 train.train_head.__defaults__ = {heads}
 replace, written = os.replace, []
 
