@@ -1,4 +1,5 @@
 """A small world that the tests share: tiles of three kinds, reports, and the demo's two models."""
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 DEMO = ROOT / "tests" / "demo"
