@@ -67,9 +67,10 @@ def load_tiles(ds, split, root="data", transform=None, val_fraction=None) -> Til
     split instead of the data set's own. Raises FileNotFoundError, ValueError.
     """
     folder, read = dataset_folder(ds, root), READERS.get(ds, _read_folder)
-    train, classes = read(folder, "train")  # [(path, label)], names
     if split == "test":
-        return Tiles(*zip(*read(folder, "test")[0]), classes, transform)
+        samples, classes = read(folder, "test")  # [(path, label)], names
+        return Tiles(*zip(*samples), classes, transform)
+    train, classes = read(folder, "train")
     val = [] if val_fraction else read(folder, "val")[0]
     if not val:
         labels = [label for _, label in train]
