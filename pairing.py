@@ -140,12 +140,14 @@ def load_open_clip(name: str, weights=None):
     if model_id.startswith("hf-hub:"):  # its folder in the hub's cache is a local-dir
         repo, _, revision = model_id.removeprefix("hf-hub:").partition("@")
         config = Path(hf_hub_download(repo, "open_clip_config.json", revision=revision or None))
+        if "hf_tokenizer_name" in harmless_config(config)["text_cfg"]:
+            tokenizer_id = model_id  # that one lies elsewhere
         if not weights:
             download_pretrained_from_hf(repo, revision=revision or None)
-        if "hf_tokenizer_name" in json.loads(config.read_text())["model_cfg"]["text_cfg"]:
-            tokenizer_id = model_id  # that one lies elsewhere
         model_id = f"local-dir:{config.parent}"
-    elif ":" not in model_id:
+    elif model_id.startswith("local-dir:"):
+        harmless_config(Path(model_id.removeprefix("local-dir:"), "open_clip_config.json"))
+    else:
         model_id, _, tag = model_id.partition("/")
     known = open_clip.get_pretrained_cfg(model_id, tag)
     images = {f"image_{key}": known.get(key)
@@ -158,6 +160,17 @@ def load_open_clip(name: str, weights=None):
     if weights not in (None, "none"):
         open_clip.load_checkpoint(model, weights)
     return model, preprocess, open_clip.get_tokenizer(tokenizer_id or model_id)
+
+
+def harmless_config(path: Path) -> dict:
+    """The model_cfg of an open_clip_config.json. Raises ValueError where it would have transformers
+    run code from files, or timm read another place; other names in it are data alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    if "trust_remote_code" in json.dumps(config):  # in tokenizer_kwargs, or deeper
+        raise ValueError(f"{path} sets trust_remote_code: no code is run from files")
+    if ":" in str(config["vision_cfg"].get("timm_model_name")):
+        raise ValueError(f"{path}: timm_model_name is not the plain name of an architecture")
+    return config
 
 
 # ---- CONCH --------------------------------------------------------------------------------------

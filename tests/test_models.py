@@ -183,11 +183,11 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, hub):
 
 # ---- CLIP models --------------------------------------------------------------------------------
 
-def write_config(folder):
-    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+def write_config(folder, vision_cfg={}, text_cfg={}, **parts):
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, **vision_cfg}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     (folder / "open_clip_config.json").write_text(json.dumps({
-        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text | text_cfg, **parts},
         "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}))
 
 
@@ -225,6 +225,26 @@ def test_a_checkpoint_of_another_clip_model_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"--clip-weights other.bin: .*{says}"):
             load_clip(f"local-dir:{tmp_path}", "other.bin")
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("part, setting, says", [
+    ("text_cfg", {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"trust_remote_code": True}},
+     "open_clip_config.json sets trust_remote_code"),
+    ("text_cfg", {"tokenizer_kwargs": {"deeper": {"trust_remote_code": "yes"}}}, "sets trust_remote"),
+    ("other_cfg", [{"trust_remote_code": 1}], "sets trust_remote_code"),
+    ("vision_cfg", {"timm_model_name": "hf-hub:a/b"}, "timm_model_name is not the plain name"),
+    ("vision_cfg", {"timm_model_name": "local-dir:a"}, "timm_model_name is not the plain name"),
+    ("text_cfg", {"hf_model_name": "bert-base-uncased"}, "`pip install transformers`")])
+def test_a_config_that_would_run_code_is_refused_before_more_is_fetched(
+        tmp_path, hub, monkeypatch, part, setting, says):
+    monkeypatch.setattr(open_clip.hf_model, "transformers", None)
+    write_config(tmp_path, **{part: setting})
+    (tmp_path / "open_clip_model.safetensors").touch()
+    for name in (f"local-dir:{tmp_path}", "hf-hub:org/model"):
+        with pytest.raises(ValueError, match=f"{name}: could not be loaded .*{says}"):
+            load_clip(name)
+    if "transformers" not in says:
+        assert hub.asked == [("org/model", "open_clip_config.json", None)]
 
 
 # ---- What is said where a model cannot be had ---------------------------------------------------
