@@ -122,7 +122,7 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     finally:
         logging.disable(logging.NOTSET)
     model.eval().requires_grad_(False).to(device)
-    model.text.output_tokens = False  # of CoCa models: the pooled feature alone
+    model.text.output_tokens = model.visual.output_tokens = False  # CoCa: the pooled feature alone
     return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize,
                 torch.device(device))
 

@@ -227,6 +227,20 @@ def test_a_checkpoint_of_another_clip_model_is_refused(tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+@torch.no_grad()
+def test_features_of_a_coca_model_are_those_it_pools(tmp_path):
+    write_config(tmp_path, {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+                 {"context_length": 76, "embed_cls": True, "output_tokens": True},
+                 multimodal_cfg={"width": 16, "heads": 2, "layers": 1}, custom_text=True)
+    model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    clip, images = load_clip(f"local-dir:{tmp_path}"), torch.rand(2, 3, 32, 32)
+    tokens = clip.tokenize(["a report", "another"])
+    assert clip.dim == 16 and isinstance(model, open_clip.CoCa) and tokens.shape == (2, 76)
+    torch.testing.assert_close(clip.encode_image(images), model.encode_image(images))
+    torch.testing.assert_close(clip.encode_text(tokens), model.encode_text(tokens))
+
+
 @pytest.mark.parametrize("part, setting, says", [
     ("text_cfg", {"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"trust_remote_code": True}},
      "open_clip_config.json sets trust_remote_code"),
