@@ -10,6 +10,7 @@ of length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may ser
 CONCH: Lu et al. 2024, "A visual-language foundation model for computational pathology", Nature
 Medicine. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
 """
+import hashlib
 import json
 import logging
 import os
@@ -294,11 +295,11 @@ CONCH_TOKENIZER = ("https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conc
 
 
 def conch_tokenizer_file() -> Path:
-    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded once into the user's cache."""
+    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded where the cache has no sound one."""
     url, sha256 = CONCH_TOKENIZER
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(cache, "clip-it", Path(url).name)
-    if not path.is_file():
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)

@@ -245,6 +245,8 @@ def test_tokenizer_file_is_downloaded_once_and_checked(tmp_path, monkeypatch, to
         assert "--clip-model quilt" in remedy and not list(tmp_path.glob("cache/*/*"))
     published.write_bytes(content)
     assert ConchTokenizer()(["hello"])[0, 0] == 1
+    (tmp_path / "cache" / "clip-it" / "bpe.json").write_bytes(content[:-1])  # damaged: once more
+    assert ConchTokenizer()(["hello"])[0, 0] == 1
     published.unlink()
     assert ConchTokenizer()(["hello"])[0, 0] == 1
     assert [path.name for path in tmp_path.glob("cache/*/*")] == ["bpe.json"]
