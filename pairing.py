@@ -36,7 +36,7 @@ def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 1024) -> tupl
         raise ValueError(f"nearest_text: expected (N, dim) and (M > 0, dim), got "
                          f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}")
     n, text_emb, device = len(image_emb), text_emb.float(), text_emb.device
-    # one block is written over and over: memory stays flat
+    # one block is written over and over: there is no N x M matrix, and memory stays flat
     cosine = torch.empty(min(chunk, n), len(text_emb), device=device)  # (chunk, M)
     index = torch.empty(n, dtype=torch.long, device=device)  # (N,)
     similarity = torch.empty(n, device=device)  # (N,)
@@ -70,8 +70,8 @@ class Clip:
 
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
-    """(N, dim) fp32 features of length 1, on the CPU. An item of `dataset` is an image that
-    clip.preprocess has made, or a tuple that begins with one: labels are not read."""
+    """(N, dim) fp32 features of length 1, in order, on the CPU. An item of `dataset` is an image
+    from clip.preprocess, or a tuple that begins with one: labels are not read."""
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers,
                                          pin_memory=clip.device.type == "cuda")
     features = []
@@ -83,7 +83,7 @@ def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) ->
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
-    """(M, dim) fp32 features of length 1, on the CPU."""
+    """(M, dim) fp32 features of length 1, in order, on the CPU."""
     features = []
     for start in tqdm(range(0, len(texts), batch_size), "embed reports", leave=False, disable=None):
         tokens = clip.tokenize(texts[start:start + batch_size])  # (B, L)
@@ -93,7 +93,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
 
 # ---- Models by name -----------------------------------------------------------------------------
 
-CLIPS = {  # short names: hub id, open_clip's name of the architecture; other names go to open_clip
+CLIPS = {  # short name: hub id, open_clip's name of the architecture
     "conch": None,  # open_clip has no such architecture: load_conch
     "quilt": ("hf-hub:wisdomik/QuiltNet-B-32", "ViT-B-32"),
     "quilt16": ("hf-hub:wisdomik/QuiltNet-B-16", "ViT-B-16"),
@@ -132,10 +132,9 @@ def load_open_clip(name: str, weights=None):
     """(model, preprocess, tokenize) of an open_clip model."""
     import open_clip
     from huggingface_hub import hf_hub_download
-    from open_clip.pretrained import download_pretrained_from_hf
 
-    model_id, architecture = CLIPS.get(name, (name, None))
-    if architecture and weights:  # then nothing is needed from the hub
+    model_id, architecture = CLIPS.get(name, (name, name))
+    if weights:  # then quilt needs nothing from the hub
         model_id = architecture
     tag, tokenizer_id = "", None
     if model_id.startswith("hf-hub:"):  # its folder in the hub's cache is a local-dir
@@ -144,7 +143,7 @@ def load_open_clip(name: str, weights=None):
         if "hf_tokenizer_name" in harmless_config(config)["text_cfg"]:
             tokenizer_id = model_id  # that one lies elsewhere
         if not weights:
-            download_pretrained_from_hf(repo, revision=revision or None)
+            open_clip.pretrained.download_pretrained_from_hf(repo, revision=revision or None)
         model_id = f"local-dir:{config.parent}"
     elif model_id.startswith("local-dir:"):
         harmless_config(Path(model_id.removeprefix("local-dir:"), "open_clip_config.json"))
@@ -164,8 +163,8 @@ def load_open_clip(name: str, weights=None):
 
 
 def harmless_config(path: Path) -> dict:
-    """The model_cfg of an open_clip_config.json. Raises ValueError where it would have transformers
-    run code from files, or timm read another place; other names in it are data alone."""
+    """The model_cfg of an open_clip_config.json. Raises ValueError where it lets transformers run
+    code from files, or sends timm to another place."""
     config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     if "trust_remote_code" in json.dumps(config):  # in tokenizer_kwargs, or deeper
         raise ValueError(f"{path} sets trust_remote_code: no code is run from files")
@@ -229,10 +228,9 @@ class ConchVision(nn.Module):
 
 
 class ConchTokenizer:
-    """list[str] -> LongTensor (B, 128): CONCH's byte-level BPE.
+    """list[str] -> LongTensor (B, 128): <start_of_text>, up to 125 tokens, <end_of_text>, zeros.
 
-    path: its tokenizer file, None for the published one; read with the first text. A row:
-    <start_of_text>, up to 125 tokens, <end_of_text>, zeros, the last of them the cls's.
+    path: CONCH's file of byte-level BPE, by default the published one; read with the first text.
     """
 
     def __init__(self, path=None):
@@ -295,7 +293,7 @@ CONCH_TOKENIZER = ("https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conc
 
 
 def conch_tokenizer_file() -> Path:
-    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded where the cache has no sound one."""
+    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded unless it lies in the cache."""
     url, sha256 = CONCH_TOKENIZER
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(cache, "clip-it", Path(url).name)
@@ -304,6 +302,6 @@ def conch_tokenizer_file() -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except (OSError, RuntimeError) as error:  # no connection; another file than expected
-            raise ValueError("--clip-model conch: its tokenizer file could not be downloaded "
-                             f"({error})\nput {url} at {path}, or take --clip-model quilt") from None
+            raise ValueError(f"--clip-model conch: its tokenizer could not be downloaded: {error}\n"
+                             f"put {url} at {path}, or take --clip-model quilt") from None
     return path
