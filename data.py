@@ -111,9 +111,18 @@ def read_tile(path) -> Image.Image:
         if hdf5:
             return Image.fromarray(_open_h5(f"{file}.h5", os.getpid())["x"][int(number)])
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # PIL raises of all kinds, each format its own
         raise TileError(f"{path}: not a readable image ({error}); mend or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as PIL RGB, 16-bit grey scaled to 8 bits; ValueError for modes I and F."""
+    if image.mode.startswith("I;16"):  # PIL would clip it at 255, which makes it white
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, whose range is unknown; save it as 8 bits")
+    return image.convert("RGB")
 
 
 @lru_cache(None)

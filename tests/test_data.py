@@ -3,6 +3,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPORTS, write_tiles
 from PIL import Image
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
-from data import TileError, draw_shots, load_reports, load_tiles, stratified_split
+from data import TileError, draw_shots, load_reports, load_tiles, read_tile, stratified_split
 
 LABELS = [0] * 50 + [1] * 17 + [2] * 2 + [3]
 
@@ -59,10 +60,22 @@ def test_every_kind_of_image_file_is_read_as_rgb(tmp_path):
     assert colours == [[(20, (90, 90, 90))]] * 10  # of 20 pixels each
 
 
+def test_16_bit_grey_is_scaled_to_8_bits_and_pixels_of_unknown_range_are_refused(tmp_path):
+    levels = np.array([[0, 257, 32_768, 65_535]], "uint16")
+    Image.fromarray(levels).save(tmp_path / "little.png")
+    Image.frombytes("I;16B", (4, 1), levels.astype(">u2").tobytes()).save(tmp_path / "big.tif")
+    for name in ("little.png", "big.tif"):
+        assert read_tile(tmp_path / name).tobytes() == b"\0\0\0\1\1\1\x80\x80\x80\xff\xff\xff"
+    for name, mode in (("float.tif", "F"), ("32_bits.tif", "I")):
+        Image.new(mode, (4, 1), 1).save(tmp_path / name)
+        with pytest.raises(TileError, match=f"{name}: .*pixels of mode {mode}.* as 8 bits"):
+            read_tile(tmp_path / name)
+
+
 def test_an_unreadable_tile_is_a_line_with_its_path_from_a_worker_too(world):
     tiles = load_tiles(world / "tiles", "train", transform=PILToTensor())
     path = Path(tiles.paths[0])
-    for spoiled in (path.read_bytes()[:1000], b"text", b""):
+    for spoiled in (path.read_bytes()[:1000], b"text", b"", b"P6 8 8 ff"):
         path.write_bytes(spoiled)
         with pytest.raises(TileError) as here:
             tiles[0]
