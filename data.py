@@ -142,10 +142,18 @@ REPORTS_LICENCE = "none stated; made from Lab-Rasool/TCGA (CC BY-NC-ND 4.0), do 
 
 
 def load_reports(source, root="data") -> list[str]:
-    """Distinct reports, so that no two can tie in the pairing: of a .txt with one a line, a .csv or
-    .jsonl with a column `text`, a folder of .txt, one report each, or a key of REPORTS, which lies
-    below `root`. Raises FileNotFoundError, ValueError."""
-    path = Path(source)
+    """The texts of read_reports."""
+    return list(read_reports(source, root))
+
+
+def read_reports(source, root="data") -> dict[str, str]:
+    """Distinct reports, so that no two can tie in the pairing, with the first place of each:
+    "reports.txt line 17", "reports.csv row 3" (the header is row 1), "cases/a.txt".
+
+    source: a .txt with one a line; a .csv or .jsonl with a column `text`; a folder of .txt, one
+    report each; a key of REPORTS, which lies below `root`. Raises OSError, ValueError.
+    """
+    path, reports, count, place = Path(source), {}, 0, "the start"
     if source in REPORTS:
         name, git_id = REPORTS[source]
         path = Path(root, "reports", name)
@@ -153,34 +161,48 @@ def load_reports(source, root="data") -> list[str]:
             raise FileNotFoundError(
                 f"--reports {source}: {path} is missing or another file; remove it, and --download "
                 f"fetches {AUTHORS}/{name}\n(licence: {REPORTS_LICENCE})")
-    if not path.exists():
-        raise FileNotFoundError(f"--reports {path}: no such file; expected .txt (a report a line), "
-                                f".csv, .jsonl, a folder of .txt, or {', '.join(REPORTS)}")
     try:
-        texts = [text.strip() for text in _read_reports(path)]
-    except (ValueError, csv.Error, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--reports {path}: not UTF-8 text with a report a line or, in .csv and "
-                         f".jsonl, a column `text` ({type(error).__name__}: {error})") from None
-    reports = list(dict.fromkeys(filter(None, texts)))
-    if len(reports) < 2 or "\0" in "".join(reports):
-        raise ValueError(f"--reports {path}: {len(reports)} distinct reports, or zero bytes in it; "
-                         "expected two or more (a .txt holds one a line)")
-    print(f"{source}: {len(reports)} reports, {len(texts) - len(reports)} empty or equal left out")
+        for count, (place, row) in enumerate(_report_rows(path), 1):
+            if path.suffix.lower() == ".jsonl" and row.strip():
+                row = json.loads(row)
+            text = row if isinstance(row, str) else row["text"]
+            if not isinstance(text, str) or "\0" in text:
+                raise ValueError(f"{text!r:.50}")
+            reports.setdefault(text.strip(), place)
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"--reports {path}: not UTF-8 text without zero bytes, a report a line or in a column "
+            f"`text` ({type(error).__name__}: {error}; from {place} on)") from None
+    reports.pop("", None)
+    if len(reports) < 2:
+        raise ValueError(f"--reports {path}: {len(reports)} distinct report(s) in it; expected two "
+                         "or more (a .txt holds one a line)")
+    print(f"{source}: {len(reports)} reports, {count - len(reports)} empty or equal left out")
     return reports
 
 
-def _read_reports(path: Path) -> list[str]:
+def _report_rows(path: Path):
+    """(place, line or row with a column `text`) for each report."""
+    kind = path.suffix.lower()
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        return [" ".join(file.read_text("utf-8-sig").split()) for file in files]
-    if path.suffix == ".csv":
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() == ".txt":
+                text = file.read_text("utf-8-sig")
+                yield str(file.relative_to(path.parent)), " ".join(text.split())
+    elif kind == ".csv":
         csv.field_size_limit(2 ** 31 - 1)  # its own limit is 131,072 characters
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return [row["text"] for row in csv.DictReader(file)]
-    lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
-    if path.suffix == ".jsonl":
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-    return lines
+            for number, row in enumerate(csv.DictReader(file, strict=True), 2):
+                if None in row:
+                    raise ValueError(f"row {number} has more cells than row 1; quote its commas")
+                yield f"{path.name} row {number}", row
+    elif kind in (".txt", ".jsonl"):
+        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
+        for number, line in enumerate(lines, 1):
+            yield f"{path.name} line {number}", line
+    else:
+        raise FileNotFoundError(f"--reports {path}: no such kind; expected .txt (a report a line), "
+                                f".csv, .jsonl, a folder of .txt, or {', '.join(REPORTS)}")
 
 
 # ---- The published data sets --------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
-from data import TileError, draw_shots, load_reports, load_tiles, read_tile, stratified_split
+from data import (TileError, draw_shots, load_reports, load_tiles, read_reports, read_tile,
+                  stratified_split)
 
 LABELS = [0] * 50 + [1] * 17 + [2] * 2 + [3]
 
@@ -89,13 +90,15 @@ def test_an_unreadable_tile_is_a_line_with_its_path_from_a_worker_too(world):
 
 
 def test_reports_are_read_alike_from_every_kind_of_file(tmp_path):
-    (tmp_path / "r.txt").write_text("\n\n  ".join(REPORTS) + " \r\n\n")
-    (tmp_path / "r.csv").write_text("id,text\n" + "".join(f'7,"{text}"\n' for text in REPORTS))
-    (tmp_path / "r.jsonl").write_text("\n\n".join(json.dumps({"text": text}) for text in REPORTS))
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "r.TXT").write_text("\n\n  ".join(REPORTS) + " \r\n\n", "utf-8-sig")
+    rows = "".join(f'7,"{text}"\n' for text in REPORTS)
+    (tmp_path / "r.CSV").write_text(f"id,text\n{rows}", "utf-8-sig")
+    (tmp_path / "r.JSONL").write_text("\n\n".join(json.dumps({"text": text}) for text in REPORTS))
     for i, text in enumerate(REPORTS):
-        (tmp_path / "folder" / f"{i:02d}.txt").write_text(text.replace(" ", "\n", 1))
-    for name in ("r.txt", "r.csv", "r.jsonl", "folder"):
+        folder = tmp_path / "folder" / "ab"[i > 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:02d}.{('txt', 'TXT')[i % 2]}").write_text(text.replace(" ", "\n", 1))
+    for name in ("r.TXT", "r.CSV", "r.JSONL", "folder"):
         assert load_reports(tmp_path / name) == REPORTS
 
 
@@ -103,6 +106,21 @@ def test_equal_reports_are_merged_and_empty_ones_left_out(tmp_path, capsys):
     (tmp_path / "r.txt").write_text("adenoma\n\n ileum \nadenoma\nileum\ncolon\n")
     assert load_reports(tmp_path / "r.txt") == ["adenoma", "ileum", "colon"]
     assert "r.txt: 3 reports, 3 empty or equal left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, places", [
+    ("r.txt", "adenoma\n\n ileum\nadenoma\n", ["r.txt line 1", "r.txt line 3"]),
+    ("r.csv", "text,id\n\"adenoma\n\",1\nileum\nileum,3\n", ["r.csv row 2", "r.csv row 3"]),
+    ("r.jsonl", '{"text": "a\u2028b"}\n\n{"text": "c"}', ["r.jsonl line 1", "r.jsonl line 3"]),
+    ("cases/sub/b.txt", "b", ["cases/a.txt", "cases/sub/b.txt"])])
+def test_a_report_has_the_place_where_it_first_stands(name, content, places, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cases").mkdir(exist_ok=True)
+    (tmp_path / "cases" / "a.txt").write_text("a")
+    (tmp_path / name).write_text(content)
+    source = tmp_path / name.split("/")[0]
+    assert list(read_reports(source).values()) == places
+    assert list(read_reports(source)) == load_reports(source)
 
 
 def test_a_report_of_a_csv_may_be_long_and_hold_newlines(tmp_path):
@@ -115,11 +133,17 @@ def test_a_report_of_a_csv_may_be_long_and_hold_newlines(tmp_path):
     ("zeros.txt", b"colon\0\nileum\n", "zero bytes"),
     ("one.txt", b"colon\ncolon\n\n", "1 distinct report"),
     ("column.csv", b"report\ncolon\nileum\n", "column `text`"),
+    ("commas.csv", b"id,text\n1,colon\n2,ileum, or not\n", "row 3 has more cells than row 1"),
+    ("short.csv", b"id,text\n1,colon\n2\n", "None; from short.csv row 3 on"),
+    ("quote.csv", b'text\ncolon\n"ileum\njejunum\n', "unexpected end of data"),
+    ("null.jsonl", b'{"text": "colon"}\n{"text": null}\n', "None; from null.jsonl line 2 on"),
     ("lists.jsonl", b'["colon"]\n["ileum"]\n', "column `text`"),
-    ("cut.jsonl", b'{"text": "colon"}\n{"text": "il', "JSONDecodeError")])
-def test_bad_reports_are_one_value_error_with_the_path(name, content, told, tmp_path):
+    ("cut.jsonl", b'{"text": "colon"}\n{"text": "il', "JSONDecodeError"),
+    ("r.tsv", b"text\ncolon\nileum\n", "expected .txt"),
+    ("r.json", b'["colon", "ileum"]', "expected .txt"), ("r", b"colon\nileum\n", "expected .txt")])
+def test_bad_reports_are_one_line_with_the_path(name, content, told, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
         load_reports(tmp_path / name)
-    assert refused.type is ValueError and "\n" not in str(refused.value)
+    assert refused.type in (ValueError, FileNotFoundError) and "\n" not in str(refused.value)
     assert str(tmp_path / name) in str(refused.value) and told in str(refused.value)
