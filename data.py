@@ -72,7 +72,18 @@ def load_tiles(ds, split, root="data", transform=None, val_fraction=None) -> Til
             raise ValueError(f"{folder}: one tile a class leaves none for validation; add a val/")
         held = set(val)
         samples = val if split == "val" else [item for item in samples if item not in held]
+    if ds not in DATASETS:
+        _tell_of_other_files(folder / split)
     return Tiles(*zip(*samples), classes, transform)
+
+
+def _tell_of_other_files(folder: Path) -> None:
+    names = [name for _, _, names in os.walk(folder, followlinks=True) for name in names]
+    others = [name for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
+    if others:
+        kinds = sorted({Path(name).suffix.lower() for name in others})
+        print(f"{len(others)} of {len(names)} files in {folder} are no images that can be read "
+              f"here: {' '.join(kinds)}")
 
 
 def stratified_split(labels, fraction, seed) -> tuple[list[int], list[int]]:
@@ -93,6 +104,15 @@ def draw_shots(labels, shots, seed) -> list[int]:
         share = max(min(round(shots * len(members)), len(members) - 1), 1)
         drawn += members[:shots if shots >= 1 else share]
     return sorted(drawn)
+
+
+def warn_of_repeated_tiles(tiles: dict[str, Tiles]) -> None:
+    """Print how many tiles are the file of another one, of any split, links followed."""
+    files = [os.path.realpath(path) for part in tiles.values() for path in part.paths]
+    repeated = len(files) - len(set(files))
+    if repeated:
+        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile, perhaps in "
+              "another split")
 
 
 class TileError(ValueError):

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
 from data import (TileError, draw_shots, load_reports, load_tiles, read_reports, read_tile,
-                  stratified_split)
+                  stratified_split, warn_of_repeated_tiles)
 
 LABELS = [0] * 50 + [1] * 17 + [2] * 2 + [3]
 
@@ -27,6 +27,8 @@ def test_a_stratified_split_takes_its_share_of_every_class():
 def test_shots_draw_that_many_tiles_of_every_class_and_other_ones_for_another_seed():
     drawn = draw_shots(LABELS, 15, seed=0)
     assert Counter(LABELS[i] for i in set(drawn)) == {0: 15, 1: 15, 2: 2, 3: 1}
+    share = draw_shots(LABELS, 0.2, seed=0)  # of every class at least one
+    assert Counter(LABELS[i] for i in set(share)) == {0: 10, 1: 3, 2: 1, 3: 1}
     assert drawn == draw_shots(LABELS, 15, seed=0) != draw_shots(LABELS, 15, seed=1)
 
 
@@ -48,6 +50,23 @@ def test_validation_is_val_or_a_share_of_the_training_tiles(world, tmp_path):
         assert len(train) == {"two": 12, "tiles": 18}[folder] and val.labels == held
         assert all("/train/" in path for path in train.paths + val.paths)
         assert not set(train.paths) & set(val.paths)
+
+
+def test_files_of_other_kinds_and_tiles_that_occur_twice_are_a_line_each(world, capsys):
+    folder = world / "tiles" / "train"
+    for name in ("A/a.jp2", "A/b.JP2", "B/Thumbs.db"):
+        (folder / name).write_text("not read")
+    tiles = {split: load_tiles(world / "tiles", split) for split in ("train", "val", "test")}
+    warn_of_repeated_tiles(tiles)
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 of 27 files in {folder} are no images that can be read here: .db .jp2"]
+    (world / "tiles" / "test" / "A" / "link.png").symlink_to(folder / "B" / "0.png")
+    (folder / "C" / "loop").symlink_to(folder / "C")
+    tiles = {split: load_tiles(world / "tiles", split) for split in ("train", "test")}
+    capsys.readouterr()
+    warn_of_repeated_tiles(tiles)
+    repeated = len(tiles["train"]) - 24 + 1  # as often as the system follows the loop, and the link
+    assert repeated > 8 and capsys.readouterr().out.startswith(f"warning: {repeated} of ")
 
 
 def test_every_kind_of_image_file_is_read_as_rgb(tmp_path):
