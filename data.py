@@ -81,9 +81,9 @@ def _tell_of_other_files(folder: Path) -> None:
     names = [name for _, _, names in os.walk(folder, followlinks=True) for name in names]
     others = [name for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
     if others:
-        kinds = sorted({Path(name).suffix.lower() for name in others})
+        kinds = " ".join(sorted({Path(name).suffix.lower() for name in others}))
         print(f"{len(others)} of {len(names)} files in {folder} are no images that can be read "
-              f"here: {' '.join(kinds)}")
+              f"here: {kinds}")
 
 
 def stratified_split(labels, fraction, seed) -> tuple[list[int], list[int]]:
@@ -111,13 +111,11 @@ def warn_of_repeated_tiles(tiles: dict[str, Tiles]) -> None:
     files = [os.path.realpath(path) for part in tiles.values() for path in part.paths]
     repeated = len(files) - len(set(files))
     if repeated:
-        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile, perhaps in "
-              "another split")
+        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile of a split")
 
 
 class TileError(ValueError):
-    """A tile that cannot be read, told in one line: a worker of DataLoader raises it anew with a
-    whole traceback for its text."""
+    """A tile that cannot be read. Workers of DataLoader put a traceback before its text."""
 
     def __str__(self):
         return super().__str__().rpartition("TileError: ")[2].strip()
@@ -158,7 +156,7 @@ def _open_h5(path: str, process: int):
 AUTHORS = "https://github.com/BanafshehKarimian/ModalityPairing/raw/4f2bed7/text"
 REPORTS = {"authors:colon": ("text_colo.txt", "813e61188db6f4772bb8439c561d668729cf0f6a"),
            "authors:breast": ("text_breast.txt", "9bd8116c9043f10a5ed38831e7fde089dd19d004")}
-REPORTS_LICENCE = "none stated; made from Lab-Rasool/TCGA (CC BY-NC-ND 4.0), do not redistribute"
+LICENCE = "none stated; made from Lab-Rasool/TCGA (CC BY-NC-ND 4.0), do not redistribute"
 
 
 def load_reports(source, root="data") -> list[str]:
@@ -178,9 +176,8 @@ def read_reports(source, root="data") -> dict[str, str]:
         name, git_id = REPORTS[source]
         path = Path(root, "reports", name)
         if not path.exists() or _checksum(path, git_id) != git_id:
-            raise FileNotFoundError(
-                f"--reports {source}: {path} is missing or another file; remove it, and --download "
-                f"fetches {AUTHORS}/{name}\n(licence: {REPORTS_LICENCE})")
+            raise FileNotFoundError(f"--reports {source}: {path} is missing or another file; remove"
+                                    f" it, and --download fetches {AUTHORS}/{name}")
     try:
         for count, (place, row) in enumerate(_report_rows(path), 1):
             if path.suffix.lower() == ".jsonl" and row.strip():
@@ -195,8 +192,8 @@ def read_reports(source, root="data") -> dict[str, str]:
             f"`text` ({type(error).__name__}: {error}; from {place} on)") from None
     reports.pop("", None)
     if len(reports) < 2:
-        raise ValueError(f"--reports {path}: {len(reports)} distinct report(s) in it; expected two "
-                         "or more (a .txt holds one a line)")
+        raise ValueError(f"--reports {path}: {len(reports)} distinct report(s) in it; expected two"
+                         " or more (a .txt holds one a line)")
     print(f"{source}: {len(reports)} reports, {count - len(reports)} empty or equal left out")
     return reports
 
@@ -221,52 +218,56 @@ def _report_rows(path: Path):
         for number, line in enumerate(lines, 1):
             yield f"{path.name} line {number}", line
     else:
-        raise FileNotFoundError(f"--reports {path}: no such kind; expected .txt (a report a line), "
-                                f".csv, .jsonl, a folder of .txt, or {', '.join(REPORTS)}")
+        raise FileNotFoundError(f"--reports {path}: no such file or kind; expected .txt (a report a"
+                                f" line), .csv, .jsonl, a folder, or {', '.join(REPORTS)}")
 
 
 # ---- The published data sets --------------------------------------------------------------------
 
 ZENODO = "https://zenodo.org/records"
 DEMO = Path(__file__).resolve().parent / "tests/demo"
-CRC, CRC_VAL, BACH = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K", "ICIAR2018_BACH_Challenge/Photos"
+BACH = "ICIAR2018_BACH_Challenge/Photos"
 PCAM = "pcam/camelyonpatch_level_2_split_"
 TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "smooth muscle",
            "normal colon mucosa", "cancer-associated stroma",
            "colorectal adenocarcinoma epithelium"]
-# archives: what is unpacked from them, md5; splits: the path of each and its number of tiles;
-# prompts: the classes in words; defaults: of train.py's flags
+
+
+def _crc(train: str, md5: str) -> dict:
+    return dict(  # the authors train for one epoch and validate ten times in it
+        title=f"{train} and CRC-VAL-HE-7K", licence="CC BY 4.0", record=1214456, gb=12.5,
+        archives=dict(train=(train, md5, 100_000),
+                      test=("CRC-VAL-HE-7K", "2fd1651b4f94ebd818ebf90ad2b6ce06", 7_180)),
+        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
+        prompts=TISSUES, defaults=dict(reports="authors:colon", ep=1, val_every=0.1))
+
+
+# archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words;
+# defaults: of train.py's flags
 DATASETS = {
     "demo": dict(
         title="the demo's rendered tiles, which show no tissue", licence="MIT", root=DEMO,
         prompts=TISSUES,
         defaults=dict(reports=f"{DEMO}/reports.txt", shots=60, batch=32, worker=0, lora_text=0,
                       clip_model=f"local-dir:{DEMO}/clip", model=f"local-dir:{DEMO}/backbone")),
-    "crc": dict(  # the authors train for one epoch and validate ten times in it
-        title=f"{CRC} and {CRC_VAL}", licence="CC BY 4.0", record=1214456, gb=12.5,
-        archives={CRC: "6fd702d11df6292bc054397ae038a464",
-                  CRC_VAL: "2fd1651b4f94ebd818ebf90ad2b6ce06"},
-        splits=dict(train=(CRC, 100_000), test=(CRC_VAL, 7_180)), prompts=TISSUES,
-        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
-        defaults=dict(reports="authors:colon", ep=1, val_every=0.1)),
+    "crc": _crc("NCT-CRC-HE-100K", "6fd702d11df6292bc054397ae038a464"),
+    "crc-nonorm": _crc("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f"),
     "bach": dict(  # the authors' default of one epoch is 4 steps here; their later code has 100
         title="BACH (ICIAR 2018)", licence="CC BY-NC-ND 4.0", record=3632035, gb=10.4,
-        archives={BACH: "8ae1801334aa943c44627c1eef3631b2"},
-        splits=dict.fromkeys(("train", "val", "test"), (BACH, 400)),
+        archives=dict(train=(BACH, "8ae1801334aa943c44627c1eef3631b2", 400)),
         classes=["Benign", "InSitu", "Invasive", "Normal"],
         prompts=["benign breast tissue", "breast carcinoma in situ", "invasive breast carcinoma",
                  "normal breast tissue"],
         defaults=dict(reports="authors:breast", ep=100)),
     "pcam": dict(
         title="PatchCamelyon", licence="CC0", record=2546921, gb=8.0,
-        archives={f"{PCAM}train_x.h5": "1571f514728f59376b705fc836ff4b63",
-                  f"{PCAM}train_y.h5": "35c2d7259d906cfc8143347bb8e05be7",
-                  f"{PCAM}valid_x.h5": "d5b63470df7cfa627aeec8b9dc0c066e",
-                  f"{PCAM}valid_y.h5": "2b85f58b927af9964a4c15b8f7e8f179",
-                  f"{PCAM}test_x.h5": "d8c2d60d490dbd479f8199bdfa0cf6ec",
-                  f"{PCAM}test_y.h5": "60a7035772fbdb7f34eb86d4420cf66a"},
-        splits=dict(train=(f"{PCAM}train_", 262_144), val=(f"{PCAM}valid_", 32_768),
-                    test=(f"{PCAM}test_", 32_768)),
+        archives=dict(
+            train_x=(f"{PCAM}train_x.h5", "1571f514728f59376b705fc836ff4b63", 262_144),
+            train_y=(f"{PCAM}train_y.h5", "35c2d7259d906cfc8143347bb8e05be7", 262_144),
+            val_x=(f"{PCAM}valid_x.h5", "d5b63470df7cfa627aeec8b9dc0c066e", 32_768),
+            val_y=(f"{PCAM}valid_y.h5", "2b85f58b927af9964a4c15b8f7e8f179", 32_768),
+            test_x=(f"{PCAM}test_x.h5", "d8c2d60d490dbd479f8199bdfa0cf6ec", 32_768),
+            test_y=(f"{PCAM}test_y.h5", "60a7035772fbdb7f34eb86d4420cf66a", 32_768)),
         classes=["no_tumor", "tumor"],
         prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
         defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
@@ -279,15 +280,16 @@ BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), 
 def dataset_folder(ds, root="data") -> Path:
     """The folder that a data set's splits lie in; looks at no tile. Raises FileNotFoundError."""
     row = DATASETS.get(ds, {})
-    folder = Path(root if "archives" in row else row.get("root", ds))
-    remedy = (f"expected one of {', '.join(DATASETS)}, or a folder with train/, test/ and perhaps "
-              "val/")
     if "archives" in row:
+        folder, parts = Path(root), [archive[0] for archive in row["archives"].values()]
         remedy = (f"--download fetches {row['title']} ({row['gb']} GB, licence {row['licence']})\n"
                   f"from {ZENODO}/{row['record']}, or --data-dir tells where it lies")
-    for name in row.get("archives", ("train", "test")):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"--ds {ds}: no folder or file {folder / name}; {remedy}")
+    else:
+        folder, parts = Path(row.get("root", ds)), ("train", "test")
+        remedy = f"expected {', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/"
+    for part in parts:
+        if not (folder / part).exists():
+            raise FileNotFoundError(f"--ds {ds}: no folder or file {folder / part}; {remedy}")
     return folder
 
 
@@ -295,23 +297,27 @@ def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
     """[(path, label)], empty for a "val" that is not there, and the names of the classes."""
     row = DATASETS.get(ds, {})
     classes, samples = row.get("classes") or _class_names(folder / "train"), []
-    name, count = row.get("splits", {split: (split, None)}).get(split, ("no val", None))
+    archives = row.get("archives", {split: (split, None, None)})
+    key = {"bach": "train", "pcam": f"{split}_x"}.get(ds, split)
+    name, _, count = archives.get(key, ("no val", None, None))
     part = folder / name
     if ds == "pcam":  # x: (N, 96, 96, 3), y: (N, 1, 1, 1), uint8
-        x, y = (_open_h5(f"{part}{axis}.h5", os.getpid())[axis] for axis in "xy")
-        paths = [f"{part}x.h5#{i}" for i in range(len(x))]
-        samples = list(zip(paths, y[:].reshape(-1).tolist(), strict=True))
+        y_file = folder / archives[f"{split}_y"][0]
+        labels = _open_h5(str(y_file), os.getpid())["y"][:].reshape(-1).tolist()
+        indices = range(len(_open_h5(str(part), os.getpid())["x"]))
+        samples = [(f"{part}#{i}", label) for i, label in zip(indices, labels, strict=True)]
     elif part.is_dir():
-        if _class_names(part) != classes or len(classes) < 2:
-            raise ValueError(f"{part}: its class folders are {_class_names(part)}; expected two or "
-                             f"more, the same in every split: {classes}")
+        names = _class_names(part)
+        if names != classes or len(names) < 2:
+            raise ValueError(f"{part}: its class folders are {names}; expected two or more, the "
+                             f"same in every split: {classes}")
         try:
-            samples = make_dataset(part, dict(zip(classes, range(len(classes)))), IMG_EXTENSIONS)
+            samples = make_dataset(part, dict(zip(names, range(len(names)))), IMG_EXTENSIONS)
         except FileNotFoundError as error:  # torchvision names the class without an image
             raise ValueError(f"{part}: {error}") from None
     if count and len(samples) != count:
-        raise ValueError(f"{part}: found {len(samples):,} tiles, expected {count:,}; remove it and "
-                         "fetch it again with --download")
+        raise ValueError(f"{part}: found {len(samples):,} tiles, expected {count:,}; remove it, and"
+                         " --download fetches it again")
     if ds == "bach":  # the authors validate on every 20th training image
         train = [item for first, end in BACH_TRAIN for item in samples[first:end]]
         test = [item for item in samples if item not in train]
@@ -329,50 +335,70 @@ def _class_names(folder: Path) -> list[str]:
 def download(ds, reports, root="data") -> None:
     """Fetch what is missing of a data set and of reports with a name below `root`.
 
-    Raises OSError for a broken connection or a full disk, where the same call goes on, and
-    ValueError for a file that is not the published one, which is kept as .part.
+    Raises OSError where that breaks off or a file is not the published one; what came is kept as
+    FILE.part, from which the same call goes on.
     """
     row, root = DATASETS.get(ds, {}), Path(root)
-    for to, md5 in row.get("archives", {}).items():
+    for to, md5, _ in row.get("archives", {}).values():
         if not (root / to).exists():
             name = f"{Path(to).name}.gz" if to.endswith(".h5") else f"{Path(to).parts[0]}.zip"
             url = f"{ZENODO}/{row['record']}/files/{name}?download=1"
-            _fetch(url, root / name, md5, row["licence"])
-            _unpack(root / name, root, to)
+            with _lock(root / name):
+                _fetch(url, root / name, md5, row["licence"], row["gb"])
+                _unpack(root / name, root, to, row["gb"])
     if reports in REPORTS:
         name, git_id = REPORTS[reports]
-        _fetch(f"{AUTHORS}/{name}", root / "reports" / name, git_id, REPORTS_LICENCE)
+        with _lock(path := root / "reports" / name):
+            _fetch(f"{AUTHORS}/{name}", path, git_id, LICENCE, gb=0.1)
 
 
-def _fetch(url: str, path: Path, expected: str, licence: str) -> None:
+def _lock(path: Path):
+    """The file, or its .part, open: until it is closed no other process can lock it (OSError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path if path.exists() else f"{path}.part", "ab")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"{file.name}: another process is downloading it; wait for it") from None
+    except (ImportError, OSError):  # a system or a disk without locks
+        pass
+    return file
+
+
+def _fetch(url: str, path: Path, expected: str, licence: str, gb: float) -> None:
     """Download what path.part lacks; it becomes `path` if its checksum is the expected one."""
     if path.exists():
         return
     print(f"{url} to {path}; licence: {licence}")
     part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    start = part.stat().st_size
+    start, problem = part.stat().st_size, "not all of the file, or another one"
     request = Request(url, headers={"Range": f"bytes={start}-"})
     try:
         with urlopen(request, timeout=60) as reply, open(part, "ab") as file:
             if start and reply.status != 206:
-                raise ValueError(f"{url}: the server cannot go on; remove {part} to start anew")
+                raise OSError("the server sends the whole file only")
             total = start + int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(reply, "read", total, initial=start, disable=None) as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            if file.tell() < total:
-                raise OSError("the connection closed")
+                _copy(stream, file, gb)
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) != 416:  # HTTP's word for nothing beyond what is here
-            raise OSError(f"{part}: {error} after {part.stat().st_size:,} bytes of {url}; the same "
-                          "command goes on") from None
+        problem = error
     checksum = _checksum(part, expected)
     if checksum != expected:
-        raise ValueError(f"{part}: its checksum is {checksum}, expected {expected}\nthe same "
-                         "command fetches what is missing; if nothing is, remove it, or rename it "
-                         f"to {path.name} to use it all the same")
+        rows = [row["archives"].values() for row in DATASETS.values() if "archives" in row]
+        names = {md5: f" (that of {to})" for row in rows for to, md5, _ in row}
+        raise OSError(f"{part}: {problem}; {part.stat().st_size:,} bytes of {url} with checksum "
+                      f"{checksum}{names.get(checksum, '')}, expected {expected}\nthe same command"
+                      f" goes on; if nothing is missing, remove it, or rename it to {path.name}")
     os.replace(part, path)
+
+
+def _copy(source, target, gb: float) -> None:
+    """Copy to the end. Raises OSError beyond the size published, which is rounded."""
+    while chunk := source.read(1 << 20):
+        target.write(chunk)
+        if target.tell() > gb * 1.01e9:
+            raise OSError(f"more than the {gb} GB published")
 
 
 def _checksum(path: Path, expected: str) -> str:
@@ -383,7 +409,7 @@ def _checksum(path: Path, expected: str) -> str:
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
-def _unpack(packed: Path, root: Path, to: str) -> None:
+def _unpack(packed: Path, root: Path, to: str, gb: float) -> None:
     """`to` of a .zip, or the file of a .gz, to root/to by way of a temporary folder, so that it is
     whole or not there. zipfile strips what leads out of a folder ("..", /) and makes no links."""
     temporary = packed.with_name(packed.name + ".unpacking")
@@ -393,7 +419,7 @@ def _unpack(packed: Path, root: Path, to: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         if packed.suffix == ".gz":
             with gzip.open(packed) as source, open(temporary / to, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+                _copy(source, file, gb)
         else:
             with zipfile.ZipFile(packed) as archive:
                 members = [name for name in archive.namelist() if name.startswith(f"{to}/")]

@@ -1,12 +1,15 @@
 """The published data sets, as miniatures in the same layout, and named reports from a server."""
+import errno
 import gzip
 import hashlib
 import io
 import os
+import shutil
 import threading
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +24,9 @@ import train
 from data import DATASETS, download, load_reports, load_tiles
 
 h5py = pytest.importorskip("h5py")
-CRC, CRC_VAL, BACH = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K", "ICIAR2018_BACH_Challenge"
-PCAM_TILES = {"train": 24, "valid": 6, "test": 8}
+CRC, BACH = "NCT-CRC-HE-100K", "ICIAR2018_BACH_Challenge"
+PART = f"{CRC}.zip.part"
+PCAM_TILES = {"train": 24, "val": 6, "test": 8}
 SPLITS = ("train", "val", "test")
 
 
@@ -55,23 +59,23 @@ def pcam_gz(split: str, axis: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def miniatures() -> dict:
-    """{data set: ({split: tiles in it}, {what is unpacked: archive})}"""
+    """{data set: {key of its archives: (archive, tiles in it)}}"""
     bach = {f"{BACH}/Photos/{kind}/{letters}{i:03}.tif": tif(i) for kind, letters in zip(
         DATASETS["bach"]["classes"], ("b", "is", "iv", "n")) for i in range(1, 101)}
     bach |= {f"{BACH}/Photos/microscopy_ground_truth.csv": b"b001.tif,Benign\n",
              f"{BACH}/WSI/A01.svs": b"whole slide"}
-    return {"crc": ({"train": 90, "test": 18},
-                    {CRC: crc_zip(CRC, 10), CRC_VAL: crc_zip(CRC_VAL, 2)}),
-            "bach": ({}, {f"{BACH}/Photos": zipped(bach)}),
-            "pcam": ({"train": 24, "val": 6, "test": 8}, {
-                f"{data.PCAM}{split}_{axis}.h5": pcam_gz(split, axis)
-                for split in PCAM_TILES for axis in "xy"})}
+    val = (crc_zip("CRC-VAL-HE-7K", 2), 18)
+    return {"crc": {"train": (crc_zip(CRC, 10), 90), "test": val},
+            "crc-nonorm": {"train": (crc_zip(f"{CRC}-NONORM", 10), 90), "test": val},
+            "bach": {"train": (zipped(bach), 400)},
+            "pcam": {f"{split}_{axis}": (pcam_gz(split, axis), count)
+                     for split, count in PCAM_TILES.items() for axis in "xy"}}
 
 
 @pytest.fixture
 def server(monkeypatch, miniatures):
     """files: name -> bytes; cut: after how many bytes the next replies end; ranges: whether it
-    knows them; asked: the Range of each request. Zenodo, md5 and counts become its own."""
+    knows them; length: whether it tells it; asked: the Range of each request."""
     class Handler(BaseHTTPRequestHandler):
         log_message = lambda *args: None
 
@@ -85,49 +89,46 @@ def server(monkeypatch, miniatures):
             if start and start >= len(content):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            if http.length:
+                self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.wfile.write(content[start:][:http.cut.pop(0) if http.cut else None])
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.files, http.cut, http.ranges, http.asked = {}, [], True, []
+    http.files, http.cut, http.ranges, http.length, http.asked = {}, [], True, True, []
     http.url = f"http://127.0.0.1:{http.server_port}"
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(data, "ZENODO", http.url)
-    for ds, (counts, archives) in miniatures.items():
-        for to, content in archives.items():
-            name = to.split("/")[-1] + ".gz" if ds == "pcam" else to.split("/")[0] + ".zip"
+    for ds, archives in miniatures.items():
+        for key, (content, count) in archives.items():
+            to = DATASETS[ds]["archives"][key][0]
+            name = f"{Path(to).name}.gz" if ds == "pcam" else f"{to.split('/')[0]}.zip"
             http.files[name] = content
-            monkeypatch.setitem(DATASETS[ds]["archives"], to, hashlib.md5(content).hexdigest())
-        for split, count in counts.items():
-            name, _ = DATASETS[ds]["splits"][split]
-            monkeypatch.setitem(DATASETS[ds]["splits"], split, (name, count))
+            row = (to, hashlib.md5(content).hexdigest(), count)
+            monkeypatch.setitem(DATASETS[ds]["archives"], key, row)
     yield http
     http.shutdown()
     http.server_close()
 
 
-def test_pcams_checksums_are_torchvisions():
-    theirs = [file for part in PCAM._FILES.values() for file in part.values()]
-    assert DATASETS["pcam"]["archives"] == {f"pcam/{name}": md5 for name, _, md5 in theirs}
-
-
-def test_crc_is_split_by_class_into_80_20_and_the_other_archive(server, tmp_path, capsys):
-    download("crc", None, tmp_path)
+@pytest.mark.parametrize("ds", ["crc", "crc-nonorm"])
+def test_crc_is_split_by_class_into_80_20_and_the_other_archive(ds, server, tmp_path, capsys):
+    folder = ds.replace("crc", CRC).replace("nonorm", "NONORM")
+    download(ds, None, tmp_path)
     assert "CC BY 4.0" in capsys.readouterr().out
-    splits = {split: load_tiles("crc", split, tmp_path) for split in SPLITS}
+    splits = {split: load_tiles(ds, split, tmp_path) for split in SPLITS}
     for split, count in (("train", 8), ("val", 2), ("test", 2)):
         assert Counter(splits[split].labels) == {label: count for label in range(9)}
     assert not set(splits["train"].paths) & set(splits["val"].paths)
     assert all("/CRC-VAL-HE-7K/" in path for path in splits["test"].paths)
     for path, label in zip(splits["train"].paths, splits["train"].labels):
-        assert f"/{CRC}/{DATASETS['crc']['classes'][label]}/" in path
+        assert f"/{folder}/{DATASETS['crc']['classes'][label]}/" in path
     assert splits["test"][0][0].tobytes() == Image.open(io.BytesIO(tif(0))).tobytes()
-    download("crc", None, tmp_path)
+    download(ds, None, tmp_path)
     assert len(server.asked) == 2  # nothing is fetched twice
-    (tmp_path / CRC / "ADI/ADI-003.tif").unlink()
-    with pytest.raises(ValueError, match=f"{CRC}: found 89 tiles, expected 90"):
-        load_tiles("crc", "train", tmp_path)
+    (tmp_path / folder / "ADI/ADI-003.tif").unlink()
+    with pytest.raises(ValueError, match=f"{folder}: found 89 tiles, expected 90"):
+        load_tiles(ds, "train", tmp_path)
 
 
 def test_bach_has_the_fixed_splits(server, tmp_path):
@@ -148,6 +149,12 @@ def test_bach_has_the_fixed_splits(server, tmp_path):
         load_tiles("bach", "train", tmp_path)
 
 
+def test_pcams_checksums_are_torchvisions():
+    ours = {to: md5 for to, md5, _ in DATASETS["pcam"]["archives"].values()}
+    theirs = [file for part in PCAM._FILES.values() for file in part.values()]
+    assert ours == {f"pcam/{name}": md5 for name, _, md5 in theirs}
+
+
 def test_pcam_tiles_are_torchvisions_with_any_number_of_workers(server, tmp_path, monkeypatch):
     download("pcam", None, tmp_path)
     for split, count in zip(SPLITS, PCAM_TILES.values()):
@@ -157,8 +164,9 @@ def test_pcam_tiles_are_torchvisions_with_any_number_of_workers(server, tmp_path
         for workers in (0, 2):  # 2 after 0: the workers inherit an open file, and must not use it
             batches = [batch for batch, _ in DataLoader(tiles, 2, num_workers=workers)]
             assert torch.equal(torch.cat(batches), torch.stack(images))
-    monkeypatch.setitem(DATASETS["pcam"]["splits"], "val", (f"{data.PCAM}valid_", 32_768))
-    with pytest.raises(ValueError, match="valid_: found 6 tiles, expected 32,768"):
+    val = (f"{data.PCAM}valid_x.h5", "", 32_768)
+    monkeypatch.setitem(DATASETS["pcam"]["archives"], "val_x", val)
+    with pytest.raises(ValueError, match="valid_x.h5: found 6 tiles, expected 32,768"):
         load_tiles("pcam", "val", tmp_path)
 
 
@@ -187,46 +195,74 @@ def test_a_missing_data_set_is_not_fetched_unasked_but_told_of(ds, told, tmp_pat
         assert words in str(stop.value)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_what_a_broken_connection_has_left_is_gone_on_from_by_the_next_run(whole, server, tmp_path):
-    server.cut, part = [5_000, 1_000], tmp_path / f"{CRC}.zip.part"
+@pytest.mark.parametrize("length, whole", [(True, True), (True, False), (False, False)])
+def test_a_broken_connection_is_gone_on_from_by_the_next_run(length, whole, server, tmp_path):
+    server.cut, server.length, part = [5_000, 1_000], length, tmp_path / PART
     for size in ("5,000", "6,000"):
-        with pytest.raises(OSError, match=f"closed after {size} bytes .* same command goes on"):
+        with pytest.raises(OSError, match=f"{part}: not all .*{size} bytes(.|\n)*command goes on"):
             download("crc", None, tmp_path)
-    assert os.listdir(tmp_path) == [part.name]
     if whole:  # the server has nothing beyond it, and says so by a 416
         part.write_bytes(server.files[f"{CRC}.zip"])
     size = part.stat().st_size
     download("crc", None, tmp_path)
     assert server.asked == ["bytes=0-", "bytes=5000-", f"bytes={size}-", "bytes=0-"]
-    assert (tmp_path / f"{CRC}.zip").read_bytes() == server.files[f"{CRC}.zip"]
-    assert len(load_tiles("crc", "train", tmp_path)) == 72
-
-
-def test_what_is_here_is_kept_where_a_server_sends_all_anew(server, tmp_path):
-    server.ranges, part = False, tmp_path / f"{CRC}.zip.part"
-    part.write_bytes(server.files[f"{CRC}.zip"][:5_000])
-    with pytest.raises(ValueError, match=f"cannot go on; remove {part} to start anew"):
-        download("crc", None, tmp_path)
-    assert part.stat().st_size == 5_000
-    part.unlink()
-    download("crc", None, tmp_path)
     assert len(load_tiles("crc", "train", tmp_path)) == 72
 
 
 def test_a_file_of_another_checksum_is_kept_as_part(server, tmp_path):
-    published, other = server.files[f"{CRC}.zip"], crc_zip(CRC, 10, seed=50)
+    published, other = server.files[f"{CRC}.zip"], server.files["CRC-VAL-HE-7K.zip"]
     server.files[f"{CRC}.zip"] = other
-    part = tmp_path / f"{CRC}.zip.part"
-    with pytest.raises(ValueError) as refused:
-        download("crc", None, tmp_path)
     came, expected = (hashlib.md5(content).hexdigest() for content in (other, published))
-    for words in (str(part), came, f"expected {expected}", f"remove it, or rename it to {CRC}.zip"):
-        assert words in str(refused.value)
-    assert os.listdir(tmp_path) == [part.name] and part.read_bytes() == other
-    part.rename(tmp_path / f"{CRC}.zip")
-    download("crc", None, tmp_path)
-    assert (tmp_path / CRC / "ADI/ADI-000.tif").read_bytes() == tif(50)
+    for start in (0, len(other)):  # fetched now, or by an earlier run
+        with pytest.raises(OSError) as refused:
+            download("crc", None, tmp_path)
+        for words in (f"{came} (that of CRC-VAL-HE-7K), expected {expected}",
+                      f"{tmp_path / PART}: ", f"remove it, or rename it to {CRC}.zip"):
+            assert words in str(refused.value) and server.asked[-1] == f"bytes={start}-"
+        assert os.listdir(tmp_path) == [PART] and (tmp_path / PART).read_bytes() == other
+
+
+def test_nothing_is_lost_where_a_download_cannot_go_on(server, monkeypatch, tmp_path):
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    part = tmp_path / PART
+    part.write_bytes(server.files[f"{CRC}.zip"][:5_000])
+    for owner, name, value, told in (
+            (server, "ranges", False, "the server sends the whole file only"),
+            (server, "files", {}, "HTTP Error 404"), (data, "_copy", full_disk, ".*No space left")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{part}: {told}"):
+            patch.setattr(owner, name, value)
+            download("crc", None, tmp_path)
+        assert part.stat().st_size == 5_000
+    server.asked.clear()
+    for path in (part, tmp_path / f"{CRC}.zip"):  # in fetching and in unpacking
+        with data._lock(tmp_path / f"{CRC}.zip"), pytest.raises(OSError) as refused:
+            download("crc", None, tmp_path)
+        assert str(refused.value).startswith(f"{path}: another process") and not server.asked
+        path.rename(tmp_path / f"{CRC}.zip")
+
+
+def test_more_than_is_published_is_neither_fetched_nor_unpacked(server, monkeypatch, tmp_path):
+    server.files[f"{CRC}.zip"], server.length = bytes(9_000_000), False
+    bomb = tmp_path / "camelyonpatch_level_2_split_train_x.h5.gz"
+    bomb.write_bytes(gzip.compress(bytes(9_000_000)))
+    for ds, told in (("crc", f"{PART}: more than"), ("pcam", "train_x.h5 could not .*more than")):
+        monkeypatch.setitem(DATASETS[ds], "gb", 1e-3)
+        with pytest.raises(OSError, match=f"{told} the 0.001 GB published"):
+            download(ds, None, tmp_path)
+    assert (tmp_path / PART).stat().st_size < 3_000_000
+    assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.glob("*.unpacking"))
+
+
+@pytest.mark.parametrize("bits, told", [(b"\1\0\0\0", "encrypted"), (b"\0\0c\0", "compression")])
+def test_an_archive_that_cannot_be_read_leaves_nothing_half(bits, told, server, tmp_path):
+    head = b"PK\1\2\x14\3\x14\0"  # of each member, before the bits of encryption and compression
+    content, path = server.files[f"{CRC}.zip"], tmp_path / f"{CRC}.zip"
+    path.write_bytes(content.replace(head + bytes(4), head + bits))
+    with pytest.raises(OSError, match=f"{path}: {CRC} could not be unpacked .*{told}"):
+        download("crc", None, tmp_path)
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_zip_members_that_lead_out_of_the_folder_end_up_inside_or_nowhere(tmp_path):
@@ -239,37 +275,31 @@ def test_zip_members_that_lead_out_of_the_folder_end_up_inside_or_nowhere(tmp_pa
         link = zipfile.ZipInfo(f"{CRC}/link")
         link.external_attr = 0o120777 << 16
         archive.writestr(link, outside)
-    data._unpack(root / "crc.zip", root, CRC)
+    data._unpack(root / "crc.zip", root, CRC, 1)
     assert os.listdir(tmp_path) == ["inner"] and os.listdir(tmp_path / "inner") == ["data"]
     assert set(os.listdir(root)) == {CRC, "crc.zip"}
     assert not any(path.is_symlink() for path in root.rglob("*"))
 
 
-@pytest.mark.parametrize("ds, count", [("crc", 72), ("pcam", 24)])
-def test_an_unpacking_that_was_stopped_is_no_data_set(ds, count, server, monkeypatch, tmp_path):
+@pytest.mark.parametrize("ds, owner, name", [
+    ("crc", shutil, "copyfileobj"), ("pcam", data, "_copy")])
+def test_a_stopped_unpacking_is_no_data_set(ds, owner, name, server, monkeypatch, tmp_path):
     def stopped(source, target, *args):  # halfway through a file
         if str(target.name).endswith(("LYM-000.tif", "train_x.h5")):
             target.write(source.read(100))
             raise KeyboardInterrupt
         return copy(source, target, *args)
 
-    copy = data.shutil.copyfileobj
+    copy = getattr(owner, name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data.shutil, "copyfileobj", stopped)
+        patch.setattr(owner, name, stopped)
         download(ds, None, tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no folder or file .*({CRC}|train_x.h5)"):
         load_tiles(ds, "train", tmp_path)
     download(ds, None, tmp_path)
-    assert len(load_tiles(ds, "train", tmp_path)) == count
+    assert len(load_tiles(ds, "train", tmp_path)) == {"crc": 72, "pcam": 24}[ds]
     assert not any("unpacking" in name for name in os.listdir(tmp_path))
     assert len(server.asked) == len(DATASETS[ds]["archives"])  # the archive was not fetched again
-
-
-def test_a_missing_page_says_so_at_once(server, tmp_path):
-    del server.files[f"{CRC}.zip"]
-    with pytest.raises(OSError, match=f"{CRC}.zip.part: HTTP Error 404: .* of {server.url}"):
-        download("crc", None, tmp_path)
-    assert len(server.asked) == 1
 
 
 def test_named_reports_are_the_file_of_that_git_id_or_none(server, monkeypatch, tmp_path, capsys):
@@ -280,7 +310,7 @@ def test_named_reports_are_the_file_of_that_git_id_or_none(server, monkeypatch, 
     with pytest.raises(FileNotFoundError, match="text.txt is missing.* --download fetches"):
         load_reports("authors:colon", tmp_path)
     server.files["text.txt"] = content + b"more"
-    with pytest.raises(ValueError, match=f"[0-9a-f]{{40}}, expected {git_id}"):
+    with pytest.raises(OSError, match=f"[0-9a-f]{{40}}, expected {git_id}"):
         download("my_tiles", "authors:colon", tmp_path)
     assert os.listdir(folder) == ["text.txt.part"] and len(server.asked) == 1
     (folder / "text.txt.part").unlink()
