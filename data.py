@@ -16,6 +16,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter
+from contextlib import closing
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -55,11 +56,9 @@ class Tiles(torch.utils.data.Dataset):
 
 
 def load_tiles(ds, split, root="data", transform=None, val_fraction=None) -> Tiles:
-    """The tiles of a split: "train", "val" or "test".
-
-    ds: a folder, or a key of DATASETS, which lies below `root`; val_fraction: validate on this
-    share of the training tiles, not on val/. Raises FileNotFoundError, ValueError.
-    """
+    """The tiles of "train", "val" or "test". ds: a folder, or a key of DATASETS, which lies below
+    `root`; val_fraction: validate on this share of the training tiles, not on val/. Raises
+    FileNotFoundError, ValueError."""
     folder = dataset_folder(ds, root)
     samples, classes = _read_split(ds, folder, "test" if split == "test" else "train")
     if split != "test":
@@ -87,16 +86,15 @@ def _tell_of_other_files(folder: Path) -> None:
 
 
 def stratified_split(labels, fraction, seed) -> tuple[list[int], list[int]]:
-    """(kept, held) indices: `fraction` of every class is held, rounded, at random by seed. A class
-    of two tiles or more has at least one on each side; a single tile is kept."""
+    """(kept, held) indices: `fraction` of every class is held, at random by seed, rounded so that
+    both sides have of it; a single tile is kept."""
     sizes = Counter(labels)
     held = [i for i in draw_shots(labels, fraction, seed) if sizes[labels[i]] > 1]
     return sorted(set(range(len(labels))) - set(held)), held
 
 
 def draw_shots(labels, shots, seed) -> list[int]:
-    """Indices of `shots` tiles of every class (all of a smaller one) or, if below 1, of that share
-    of each, rounded but at least one, at random by seed."""
+    """Indices of `shots` tiles of every class or, below 1, of that share, at least one; by seed."""
     labels, generator, drawn = torch.tensor(labels), torch.Generator().manual_seed(seed), []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
@@ -166,18 +164,16 @@ def load_reports(source, root="data") -> list[str]:
 
 def read_reports(source, root="data") -> dict[str, str]:
     """Distinct reports, so that no two can tie in the pairing, with the first place of each:
-    "reports.txt line 17", "reports.csv row 3" (the header is row 1), "cases/a.txt".
-
-    source: a .txt with one a line; a .csv or .jsonl with a column `text`; a folder of .txt, one
-    report each; a key of REPORTS, which lies below `root`. Raises OSError, ValueError.
-    """
+    "reports.txt line 17", "reports.csv row 3" (the header is row 1), "cases/a.txt". source: .txt
+    with one a line, .csv or .jsonl with a column `text`, a folder of .txt with one each, or a key
+    of REPORTS, which lies below `root`. Raises OSError, ValueError."""
     path, reports, count, place = Path(source), {}, 0, "the start"
     if source in REPORTS:
         name, git_id = REPORTS[source]
         path = Path(root, "reports", name)
         if not path.exists() or _checksum(path, git_id) != git_id:
-            raise FileNotFoundError(f"--reports {source}: {path} is missing or another file; remove"
-                                    f" it, and --download fetches {AUTHORS}/{name}")
+            raise FileNotFoundError(f"--reports {source}: {path} is missing or another file; "
+                                    f"remove it, and --download fetches {AUTHORS}/{name}")
     try:
         for count, (place, row) in enumerate(_report_rows(path), 1):
             if path.suffix.lower() == ".jsonl" and row.strip():
@@ -188,7 +184,7 @@ def read_reports(source, root="data") -> dict[str, str]:
             reports.setdefault(text.strip(), place)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(
-            f"--reports {path}: not UTF-8 text without zero bytes, a report a line or in a column "
+            f"--reports {path}: not UTF-8 text without zero bytes, a report a line or a column "
             f"`text` ({type(error).__name__}: {error}; from {place} on)") from None
     reports.pop("", None)
     if len(reports) < 2:
@@ -218,30 +214,18 @@ def _report_rows(path: Path):
         for number, line in enumerate(lines, 1):
             yield f"{path.name} line {number}", line
     else:
-        raise FileNotFoundError(f"--reports {path}: no such file or kind; expected .txt (a report a"
-                                f" line), .csv, .jsonl, a folder, or {', '.join(REPORTS)}")
+        raise FileNotFoundError(f"--reports {path}: no such file or kind; expected .txt, .csv, "
+                                f".jsonl, a folder of .txt, or {', '.join(REPORTS)}")
 
 
 # ---- The published data sets --------------------------------------------------------------------
 
 ZENODO = "https://zenodo.org/records"
 DEMO = Path(__file__).resolve().parent / "tests/demo"
-BACH = "ICIAR2018_BACH_Challenge/Photos"
 PCAM = "pcam/camelyonpatch_level_2_split_"
 TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "smooth muscle",
            "normal colon mucosa", "cancer-associated stroma",
            "colorectal adenocarcinoma epithelium"]
-
-
-def _crc(train: str, md5: str) -> dict:
-    return dict(  # the authors train for one epoch and validate ten times in it
-        title=f"{train} and CRC-VAL-HE-7K", licence="CC BY 4.0", record=1214456, gb=12.5,
-        archives=dict(train=(train, md5, 100_000),
-                      test=("CRC-VAL-HE-7K", "2fd1651b4f94ebd818ebf90ad2b6ce06", 7_180)),
-        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
-        prompts=TISSUES, defaults=dict(reports="authors:colon", ep=1, val_every=0.1))
-
-
 # archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words;
 # defaults: of train.py's flags
 DATASETS = {
@@ -250,17 +234,22 @@ DATASETS = {
         prompts=TISSUES,
         defaults=dict(reports=f"{DEMO}/reports.txt", shots=60, batch=32, worker=0, lora_text=0,
                       clip_model=f"local-dir:{DEMO}/clip", model=f"local-dir:{DEMO}/backbone")),
-    "crc": _crc("NCT-CRC-HE-100K", "6fd702d11df6292bc054397ae038a464"),
-    "crc-nonorm": _crc("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f"),
+    "crc": dict(  # the authors train for one epoch and validate ten times in it
+        title="NCT-CRC-HE-100K and CRC-VAL-HE-7K", licence="CC BY 4.0", record=1214456, gb=12.5,
+        archives=dict(train=("NCT-CRC-HE-100K", "6fd702d11df6292bc054397ae038a464", 100_000),
+                      test=("CRC-VAL-HE-7K", "2fd1651b4f94ebd818ebf90ad2b6ce06", 7_180)),
+        classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
+        prompts=TISSUES, defaults=dict(reports="authors:colon", ep=1, val_every=0.1)),
     "bach": dict(  # the authors' default of one epoch is 4 steps here; their later code has 100
         title="BACH (ICIAR 2018)", licence="CC BY-NC-ND 4.0", record=3632035, gb=10.4,
-        archives=dict(train=(BACH, "8ae1801334aa943c44627c1eef3631b2", 400)),
+        archives=dict(train=("ICIAR2018_BACH_Challenge/Photos",
+                             "8ae1801334aa943c44627c1eef3631b2", 400)),
         classes=["Benign", "InSitu", "Invasive", "Normal"],
         prompts=["benign breast tissue", "breast carcinoma in situ", "invasive breast carcinoma",
                  "normal breast tissue"],
         defaults=dict(reports="authors:breast", ep=100)),
     "pcam": dict(
-        title="PatchCamelyon", licence="CC0", record=2546921, gb=8.0,
+        title="PatchCamelyon", licence="CC0", record=2546921, gb=8.0,  # more than any unpacked
         archives=dict(
             train_x=(f"{PCAM}train_x.h5", "1571f514728f59376b705fc836ff4b63", 262_144),
             train_y=(f"{PCAM}train_y.h5", "35c2d7259d906cfc8143347bb8e05be7", 262_144),
@@ -272,8 +261,12 @@ DATASETS = {
         prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
         defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
 }
-# kaiko-eva's patient-disjoint training images of BACH, half-open ranges over the sorted files;
-# the other 132, its "val", are the test split here, as in the authors' code
+NONORM = ("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f", 100_000)
+DATASETS["crc-nonorm"] = DATASETS["crc"] | dict(
+    title="NCT-CRC-HE-100K-NONORM and CRC-VAL-HE-7K",
+    archives=DATASETS["crc"]["archives"] | dict(train=NONORM))
+# kaiko-eva's training images of BACH, half-open ranges over the sorted files, disjoint in patients
+# from the other 132, which are the test split here, as in the authors' code
 BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), (368, 400))
 
 
@@ -316,8 +309,8 @@ def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
         except FileNotFoundError as error:  # torchvision names the class without an image
             raise ValueError(f"{part}: {error}") from None
     if count and len(samples) != count:
-        raise ValueError(f"{part}: found {len(samples):,} tiles, expected {count:,}; remove it, and"
-                         " --download fetches it again")
+        raise ValueError(f"{part}: found {len(samples):,} tiles, expected {count:,}; remove it, "
+                         "and --download fetches it again")
     if ds == "bach":  # the authors validate on every 20th training image
         train = [item for first, end in BACH_TRAIN for item in samples[first:end]]
         test = [item for item in samples if item not in train]
@@ -333,11 +326,9 @@ def _class_names(folder: Path) -> list[str]:
 # ---- Downloads: on --download alone -------------------------------------------------------------
 
 def download(ds, reports, root="data") -> None:
-    """Fetch what is missing of a data set and of reports with a name below `root`.
-
-    Raises OSError where that breaks off or a file is not the published one; what came is kept as
-    FILE.part, from which the same call goes on.
-    """
+    """Fetch what is missing of a data set and of reports with a name below `root`. Raises OSError
+    where that breaks off or a file is not the published one; the same call goes on from FILE.part,
+    which is kept."""
     row, root = DATASETS.get(ds, {}), Path(root)
     for to, md5, _ in row.get("archives", {}).values():
         if not (root / to).exists():
@@ -361,9 +352,11 @@ def _lock(path: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"{file.name}: another process is downloading it; wait for it") from None
-    except (ImportError, OSError):  # a system or a disk without locks
+    except ImportError:  # Windows, which renames no open file
+        file.close()
+    except OSError:  # a disk without locks
         pass
-    return file
+    return closing(file)
 
 
 def _fetch(url: str, path: Path, expected: str, licence: str, gb: float) -> None:
@@ -373,9 +366,9 @@ def _fetch(url: str, path: Path, expected: str, licence: str, gb: float) -> None
     print(f"{url} to {path}; licence: {licence}")
     part = path.with_name(path.name + ".part")
     start, problem = part.stat().st_size, "not all of the file, or another one"
-    request = Request(url, headers={"Range": f"bytes={start}-"})
+    rest = Request(url, headers={"Range": f"bytes={start}-"})
     try:
-        with urlopen(request, timeout=60) as reply, open(part, "ab") as file:
+        with urlopen(rest, timeout=60) as reply, open(part, "ab") as file:
             if start and reply.status != 206:
                 raise OSError("the server sends the whole file only")
             total = start + int(reply.headers["Content-Length"] or 0)
@@ -410,8 +403,8 @@ def _checksum(path: Path, expected: str) -> str:
 
 
 def _unpack(packed: Path, root: Path, to: str, gb: float) -> None:
-    """`to` of a .zip, or the file of a .gz, to root/to by way of a temporary folder, so that it is
-    whole or not there. zipfile strips what leads out of a folder ("..", /) and makes no links."""
+    """`to` of a .zip, or the file of a .gz, to root/to by way of a temporary folder: whole or not
+    at all. zipfile strips what leads out of a folder ("..", /) and makes no links."""
     temporary = packed.with_name(packed.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:

@@ -1,7 +1,6 @@
 """Tiles, splits and reports."""
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +26,7 @@ def test_a_stratified_split_takes_its_share_of_every_class():
 def test_shots_draw_that_many_tiles_of_every_class_and_other_ones_for_another_seed():
     drawn = draw_shots(LABELS, 15, seed=0)
     assert Counter(LABELS[i] for i in set(drawn)) == {0: 15, 1: 15, 2: 2, 3: 1}
-    share = draw_shots(LABELS, 0.2, seed=0)  # of every class at least one
-    assert Counter(LABELS[i] for i in set(share)) == {0: 10, 1: 3, 2: 1, 3: 1}
+    assert Counter(LABELS[i] for i in draw_shots(LABELS, 0.2, seed=0)) == {0: 10, 1: 3, 2: 1, 3: 1}
     assert drawn == draw_shots(LABELS, 15, seed=0) != draw_shots(LABELS, 15, seed=1)
 
 
@@ -63,10 +61,9 @@ def test_files_of_other_kinds_and_tiles_that_occur_twice_are_a_line_each(world, 
     (world / "tiles" / "test" / "A" / "link.png").symlink_to(folder / "B" / "0.png")
     (folder / "C" / "loop").symlink_to(folder / "C")
     tiles = {split: load_tiles(world / "tiles", split) for split in ("train", "test")}
-    capsys.readouterr()
     warn_of_repeated_tiles(tiles)
     repeated = len(tiles["train"]) - 24 + 1  # the loop, as often as it is followed, and the link
-    assert repeated > 8 and capsys.readouterr().out.startswith(f"warning: {repeated} of ")
+    assert repeated > 8 and f"\nwarning: {repeated} of " in capsys.readouterr().out
 
 
 def test_every_kind_of_image_file_is_read_as_rgb(tmp_path):
@@ -85,15 +82,15 @@ def test_16_bit_grey_is_scaled_to_8_bits_and_pixels_of_unknown_range_are_refused
     Image.frombytes("I;16B", (4, 1), levels.astype(">u2").tobytes()).save(tmp_path / "big.tif")
     for name in ("little.png", "big.tif"):
         assert read_tile(tmp_path / name).tobytes() == b"\0\0\0\1\1\1\x80\x80\x80\xff\xff\xff"
-    for name, mode in (("float.tif", "F"), ("32_bits.tif", "I")):
-        Image.new(mode, (4, 1), 1).save(tmp_path / name)
-        with pytest.raises(TileError, match=f"{name}: .*pixels of mode {mode}.* as 8 bits"):
-            read_tile(tmp_path / name)
+    for mode in ("F", "I"):
+        Image.new(mode, (4, 1), 1).save(tmp_path / "tile.tif")
+        with pytest.raises(TileError, match=f"tile.tif: .*pixels of mode {mode}.* as 8 bits"):
+            read_tile(tmp_path / "tile.tif")
 
 
 def test_an_unreadable_tile_is_a_line_with_its_path_from_a_worker_too(world):
     tiles = load_tiles(world / "tiles", "train", transform=PILToTensor())
-    path = Path(tiles.paths[0])
+    path = world / "tiles" / "train" / "A" / "0.png"
     for spoiled in (path.read_bytes()[:1000], b"text", b"", b"P6 8 8 ff"):
         path.write_bytes(spoiled)
         with pytest.raises(TileError) as here:
@@ -116,13 +113,10 @@ def test_reports_are_read_alike_from_every_kind_of_file_with_their_places(tmp_pa
         file = tmp_path / "cases" / ("a.txt", f"b/{i:02d}.TXT")[i > 0]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.replace(" ", "\n", 1))
-    for name, places in (("r.TXT", ["r.TXT line 1", "r.TXT line 3"]),
-                         ("r.CSV", ["r.CSV row 2", "r.CSV row 3"]),
-                         ("r.JSONL", ["r.JSONL line 1", "r.JSONL line 3"]),
-                         ("cases", ["cases/a.txt", "cases/b/01.TXT"])):
-        reports = read_reports(tmp_path / name)
-        assert list(reports) == load_reports(tmp_path / name) == REPORTS
-        assert list(reports.values())[:2] == places
+    for place in ("r.TXT line 3", "r.CSV row 3", "r.JSONL line 3", "cases/b/01.TXT"):
+        source = tmp_path / place.split("/")[0].split()[0]
+        assert list(read_reports(source)) == load_reports(source) == REPORTS
+        assert read_reports(source)[REPORTS[1]] == place
 
 
 def test_equal_reports_are_merged_and_empty_ones_left_out(tmp_path, capsys):
@@ -141,17 +135,14 @@ def test_a_report_may_be_long_and_hold_newlines(tmp_path):
 
 @pytest.mark.parametrize("name, content, told", [
     ("utf16.txt", "colon\nileum\n".encode("utf-16"), "UnicodeDecodeError"),
-    ("zeros.txt", b"colon\0\nileum\n", "zero bytes"),
-    ("one.txt", b"colon\ncolon\n\n", "1 distinct report"),
+    ("zeros.txt", b"a\0\nb\n", "zero bytes"), ("one.txt", b"a\na\n\n", "1 distinct report"),
     ("column.csv", b"report\ncolon\nileum\n", "column `text`"),
     ("commas.csv", b"id,text\n1,colon\n2,ileum, or not\n", "row 3 has more cells than row 1"),
     ("short.csv", b"id,text\n1,colon\n2\n", "None; from short.csv row 3 on"),
     ("quote.csv", b'text\ncolon\n"ileum\njejunum\n', "unexpected end of data"),
     ("null.jsonl", b'{"text": "colon"}\n{"text": null}\n', "None; from null.jsonl line 2 on"),
-    ("lists.jsonl", b'["colon"]\n["ileum"]\n', "column `text`"),
     ("cut.jsonl", b'{"text": "colon"}\n{"text": "il', "JSONDecodeError"),
-    ("r.tsv", b"text\ncolon\nileum\n", "expected .txt"),
-    ("r.json", b'["colon", "ileum"]', "expected .txt"), ("r", b"colon\nileum\n", "expected .txt")])
+    ("r.tsv", b"text\na\nb\n", "expected .txt"), ("r.json", b'["a", "b"]', "expected .txt")])
 def test_bad_reports_are_one_line_with_the_path(name, content, told, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FileNotFoundError if told == "expected .txt" else ValueError) as refused:
