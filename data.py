@@ -112,6 +112,18 @@ def warn_of_repeated_tiles(tiles: dict[str, Tiles]) -> None:
         print(f"warning: {repeated} of {len(files)} tiles are the file of another tile of a split")
 
 
+def tile_side(tiles: Tiles) -> int | None:
+    """Pixels of a tile's side: the commonest of 1,000 tiles; None where they are not square."""
+    sizes = Counter()
+    for path in tiles.paths[::-(-len(tiles) // 1000)]:
+        with Image.open(path) as image:
+            sizes[image.size] += 1
+    width, height = sizes.most_common(1)[0][0]
+    if len(sizes) > 1:
+        print(f"tiles of {len(sizes)} sizes; the commonest, {width} x {height}, counts")
+    return width if width == height else None
+
+
 class TileError(ValueError):
     """A tile that cannot be read. Workers of DataLoader put a traceback before its text."""
 
@@ -226,28 +238,29 @@ PCAM = "pcam/camelyonpatch_level_2_split_"
 TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "smooth muscle",
            "normal colon mucosa", "cancer-associated stroma",
            "colorectal adenocarcinoma epithelium"]
-# archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words;
-# defaults: of train.py's flags
+# archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words; mpp, side:
+# micrometres a pixel, pixels of a tile; defaults: of train.py's flags
 DATASETS = {
     "demo": dict(
         title="the demo's rendered tiles, which show no tissue", licence="MIT", root=DEMO,
         prompts=TISSUES,
-        defaults=dict(reports=f"{DEMO}/reports.txt", shots=60, batch=32, worker=0, lora_text=0,
+        defaults=dict(reports=f"{DEMO}/reports.txt", shots=60, batch=32, worker=0,
                       clip_model=f"local-dir:{DEMO}/clip", model=f"local-dir:{DEMO}/backbone")),
     "crc": dict(  # the authors train for one epoch and validate ten times in it
         title="NCT-CRC-HE-100K and CRC-VAL-HE-7K", licence="CC BY 4.0", record=1214456, gb=12.5,
         archives=dict(train=("NCT-CRC-HE-100K", "6fd702d11df6292bc054397ae038a464", 100_000),
                       test=("CRC-VAL-HE-7K", "2fd1651b4f94ebd818ebf90ad2b6ce06", 7_180)),
         classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
-        prompts=TISSUES, defaults=dict(reports="authors:colon", ep=1, val_every=0.1)),
-    "bach": dict(  # the authors' default of one epoch is 4 steps here; their later code has 100
+        mpp=0.5, side=224, prompts=TISSUES,
+        defaults=dict(reports="authors:colon", ep=1, val_every=0.1)),
+    "bach": dict(  # 20 epochs as of folders: the authors' one is 4 steps here
         title="BACH (ICIAR 2018)", licence="CC BY-NC-ND 4.0", record=3632035, gb=10.4,
         archives=dict(train=("ICIAR2018_BACH_Challenge/Photos",
                              "8ae1801334aa943c44627c1eef3631b2", 400)),
         classes=["Benign", "InSitu", "Invasive", "Normal"],
         prompts=["benign breast tissue", "breast carcinoma in situ", "invasive breast carcinoma",
                  "normal breast tissue"],
-        defaults=dict(reports="authors:breast", ep=100)),
+        mpp=0.42, side=1536, defaults=dict(reports="authors:breast")),
     "pcam": dict(
         title="PatchCamelyon", licence="CC0", record=2546921, gb=8.0,  # more than any unpacked
         archives=dict(
@@ -259,7 +272,7 @@ DATASETS = {
             test_y=(f"{PCAM}test_y.h5", "60a7035772fbdb7f34eb86d4420cf66a", 32_768)),
         classes=["no_tumor", "tumor"],
         prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
-        defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
+        mpp=0.972, side=96, defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
 }
 NONORM = ("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f", 100_000)
 DATASETS["crc-nonorm"] = DATASETS["crc"] | dict(
@@ -302,8 +315,8 @@ def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
     elif part.is_dir():
         names = _class_names(part)
         if names != classes or len(names) < 2:
-            raise ValueError(f"{part}: its class folders are {names}; expected two or more, the "
-                             f"same in every split: {classes}")
+            raise ValueError(f"{part}: its class folders are {names[:20]}; expected two or more, the "
+                             f"same in every split: {classes[:20]}")
         try:
             samples = make_dataset(part, dict(zip(names, range(len(names)))), IMG_EXTENSIONS)
         except FileNotFoundError as error:  # torchvision names the class without an image
@@ -416,7 +429,8 @@ def _unpack(packed: Path, root: Path, to: str, gb: float) -> None:
         else:
             with zipfile.ZipFile(packed) as archive:
                 members = [name for name in archive.namelist() if name.startswith(f"{to}/")]
-                archive.extractall(temporary, members)
+                for name in tqdm(members, f"unpack {packed.name}", leave=False, disable=None):
+                    archive.extract(name, temporary)
         os.replace(temporary / to, root / to)
         print(f"{packed} is no longer needed")
     except Exception as error:  # zipfile and gzip raise of all kinds
