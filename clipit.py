@@ -6,7 +6,7 @@
 
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv
 
-In the symbols of the paper:
+The symbols of the paper:
 
     v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
     logits = fusion([h_v(v), h_t(t-hat)])
@@ -16,18 +16,21 @@ LoRA, distillation and fusion are the paper's; the layers and the loss are the a
 """
 import argparse
 import csv
+import json
 import os
+import shutil
+import signal
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
 from PIL import Image
-from timm.models import _hub
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from safetensors.torch import load_file, load_model
+from timm.models import _hub, vision_transformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -41,8 +44,8 @@ class ClipIT(nn.Module):
     """The model that is trained.
 
     backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), None where no text
-    is trained; kd_layers: 1 for a linear h_d, 2 for an MLP; fused=False: h_v alone, the plain
-    baseline; random_fusion: the authors' start.
+    is trained; kd_layers: 1 for a linear h_d, 2 for an MLP; fused=False: h_v alone, the baseline;
+    random_fusion: the authors' start.
     """
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int,
@@ -127,48 +130,69 @@ def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
 class Classifier(ClipIT, PyTorchModelHubMixin):
     """A trained ClipIT without its text tower: plain modules, rebuilt from config.json offline.
 
-    save_pretrained(dir) writes config.json, model.safetensors and the model card, push_to_hub(id)
-    uploads them. run: what the card tells of the training: data, licence, reports, clip_model,
-    test_tiles, variant, metrics, unimodal.
+    classes: C names; transform (or preprocess): PIL image -> (3, size, size); forward: images
+    (B, 3, size, size) -> logits (B, C), of which predict takes the softmax; features: images -> v,
+    t-hat; save_pretrained(folder), push_to_hub(id). run: what config.json and the card tell of the
+    training: data, licence, reports, clip_model, test_tiles, variant, metrics, unimodal, mpp
+    (micrometres per pixel), side (pixels of a tile).
     """
 
     def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float],
                  std: list[float], backbone_id: str, licence: str, classes: list[str],
                  vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
                  run: dict | None = None):
-        backbone = timm.create_model(architecture, **model_args)
+        backbone = build_backbone(architecture, model_args)
         super().__init__(backbone, None, len(classes), vision_dim, text_dim, kd_layers, fused)
-        self.preprocess, self.classes = tile_transform(size, mean, std), list(classes)
-        self.about = dict(backbone_id=backbone_id, licence=licence, run=run)
+        self.transform = self.preprocess = tile_transform(size, mean, std)
+        self.classes = list(classes)
+        self.about = dict(backbone_id=backbone_id, licence=licence, size=size, mean=mean, std=std,
+                          classes=self.classes, run=run or {})
         self.eval()
 
     @torch.inference_mode()
     def predict(self, images) -> Tensor:
         """PIL images -> probabilities (B, C) on the CPU."""
-        batch = torch.stack([self.preprocess(image.convert("RGB")) for image in images])
+        batch = torch.stack([self.transform(to_rgb(image)) for image in images])
         return self(batch.to(self.vision_head.weight.device)).float().softmax(dim=1).cpu()
 
     @classmethod
-    def from_pretrained(cls, source, **kwargs) -> "Classifier":
-        """Of a run's folder, its classifier/ or a hub id. Raises ValueError."""
-        inside = Path(source, "classifier")
-        place = inside if inside.is_dir() else source
+    def from_pretrained(cls, source, map_location="cpu", **kwargs) -> "Classifier":
+        """Of a run's folder, its classifier/ or a hub id (kwargs: snapshot_download's). Nothing in
+        config.json runs or fetches anything. Raises ValueError."""
+        folder = Path(source)
+        if (folder / "classifier").is_dir():
+            folder /= "classifier"
         try:
-            with redirect_stdout(sys.stderr):  # the mixin prints, and the command writes a table
-                return super().from_pretrained(place, strict=True, **kwargs)
-        except Exception as error:  # no config.json, a broken one, other weights, no such device
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{source}: no classifier could be loaded ({reason})\nexpected a "
-                             "run's folder, its classifier/ with config.json and weights, or a "
-                             "hub id") from None
+            if not folder.is_dir():
+                if folder.is_absolute() or len(folder.parts) > 2:
+                    raise FileNotFoundError("no such folder")
+                files = ["config.json", "model.safetensors"]
+                folder = Path(snapshot_download(str(source), allow_patterns=files, **kwargs))
+            config = json.loads((folder / "config.json").read_text())
+            weights = folder / "model.safetensors"
+            with torch.device("meta"):  # other sizes are refused before they take memory
+                cls(**config).load_state_dict(load_file(weights), strict=False, assign=True)
+            classifier = cls(**config)
+            load_model(classifier, weights)
+            return classifier.to(map_location)
+        except Exception as error:  # no such file, a broken one, other weights, no such device
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{source}: no classifier could be loaded ({reason})\nexpected a folder "
+                             "of a run or with config.json and model.safetensors, or the id of such "
+                             "a hub repository") from None
+
+    def save_pretrained(self, save_directory, **kwargs):
+        result, folder = super().save_pretrained(save_directory, **kwargs), Path(save_directory)
+        # safetensors 0.8 writes for the owner alone; config.json follows the umask
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        return result
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """The mixin calls this where it saves and uploads."""
-        data = ModelCardData(license="other", license_name=self.about["licence"].replace(" ", "-"),
+        about, repo = self.about, BACKBONES.get(self.about["backbone_id"], {}).get("repo")
+        data = ModelCardData(license="other", license_name=about["licence"].replace(" ", "-"),
                              pipeline_tag="image-classification", tags=["histopathology"])
-        repo = BACKBONES.get(self.about["backbone_id"], {}).get("repo")
-        return ModelCard.from_template(data, template_str=CARD, classes=self.classes, repo=repo,
-                                       **self.about)
+        return ModelCard.from_template(data, template_str=CARD, repo=repo, **about)
 
 
 CARD = """---
@@ -176,16 +200,17 @@ CARD = """---
 ---
 # Tile classifier: {{ classes | join(", ") }}
 
-For research only: it is no medical device and must not guide the care of a patient. It needs the
-image alone: no text, tokenizer or text model is in it. With clipit.py and lora.py:
+For research only: it is no medical device and must not guide the care of a patient. No text,
+tokenizer or text model is in it. In this folder, beside clipit.py and lora.py:
 
+    from PIL import Image
     from clipit import Classifier
-    classifier = Classifier.from_pretrained("this folder, or its hub id")
-    probabilities = classifier.predict([image])  # PIL images -> (B, {{ classes | length }})
+    Classifier.from_pretrained(".").predict([Image.open("tile.png")])  # (1, {{ classes | length }})
 
 - **Backbone**: `{{ backbone_id }}`{% if repo %} (https://huggingface.co/{{ repo }}){% endif %}.
   Licence of its weights: **{{ licence }}**; read it before you share this file, made of them.
-{%- if run %}
+- **Tiles**: {{ run.side or "unknown" }} pixels, {{ run.mpp or "unknown" }} micrometres per pixel.
+{%- if run.data %}
 - **Data**: {{ run.data }}; licence: {{ run.licence }}.
 {%- if run.reports %}
 - **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`. Terms of
@@ -200,32 +225,54 @@ image alone: no text, tokenizer or text model is in it. With clipit.py and lora.
 
 # ---- Backbones ----------------------------------------------------------------------------------
 
-def _kaiko(published: str, architecture: str, **args) -> dict:
-    return dict(repo=f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms",
-                licence="kaiko-non-commercial", architecture=architecture, mean=[0.5] * 3,
-                std=[0.5] * 3, args=dict(args, dynamic_img_size=True))
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+OPTIMUS = dict(mean=[0.707223, 0.578729, 0.703617], std=[0.211883, 0.230117, 0.177517])
+CC, GIANT = "cc-by-nc-nd-4.0", "vit_giant_patch14_reg4_dinov2"
+VIRCHOW = dict(img_size=224, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375,
+               no_embed_class=False, global_pool="cls+mean")
 
 
-# The authors' names: hub repository, licence, timm architecture and arguments, mean and std
-BACKBONES = {
-    "UNI": dict(repo="MahmoodLab/UNI", licence="cc-by-nc-nd-4.0", mean=[0.485, 0.456, 0.406],
-                std=[0.229, 0.224, 0.225], architecture="vit_large_patch16_224",
-                args=dict(init_values=1e-5, dynamic_img_size=True)),
+def _row(repo, licence, gated, statistics, architecture, **args) -> dict:
+    return dict(repo=repo, licence=licence, gated=gated, architecture=architecture, args=args,
+                **statistics)
+
+
+def _kaiko(published, architecture, **args) -> dict:
+    return _row(f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms",
+                "kaiko-non-commercial", False, dict(mean=[0.5] * 3, std=[0.5] * 3), architecture,
+                dynamic_img_size=True, **args)
+
+
+BACKBONES = {  # the paper's six by the authors' names, then newer ones
+    "UNI": _row("MahmoodLab/UNI", CC, True, IMAGENET, "vit_large_patch16_224", init_values=1e-5,
+                dynamic_img_size=True),
     # the paper's "DINO"; its positions are for 518 pixels and resampled to 224 in each forward pass
     "DINOL14": _kaiko("vit_large_patch14_reg4_224", "vit_large_patch14_reg4_dinov2", img_size=518),
     "VITS_8": _kaiko("vit_small_patch8_224", "vit_small_patch8_224"),
     "VITS_16": _kaiko("vit_small_patch16_224", "vit_small_patch16_224"),
     "VITB_8": _kaiko("vit_base_patch8_224", "vit_base_patch8_224"),
     "VITB_16": _kaiko("vit_base_patch16_224", "vit_base_patch16_224"),
+    "UNI2-h": _row("MahmoodLab/UNI2-h", CC, True, IMAGENET, GIANT, img_size=224, depth=24,
+                   num_heads=24, reg_tokens=8),
+    "Virchow": _row("paige-ai/Virchow", "apache-2.0", True, IMAGENET, GIANT, reg_tokens=0,
+                    **VIRCHOW),
+    "Virchow2": _row("paige-ai/Virchow2", CC, True, IMAGENET, GIANT, **VIRCHOW),
+    "H-optimus-0": _row("bioptimus/H-optimus-0", "apache-2.0", False, OPTIMUS, GIANT, img_size=224),
+    "H-optimus-1": _row("bioptimus/H-optimus-1", CC, True, OPTIMUS, GIANT, img_size=224),
+    "H0-mini": _row("bioptimus/H0-mini", CC, True, OPTIMUS, GIANT, img_size=224, embed_dim=768,
+                    depth=12, num_heads=12, mlp_ratio=5.33334),
+    "prov-gigapath": _row("prov-gigapath/prov-gigapath", "apache-2.0 with conditions", True,
+                          IMAGENET, "vit_giant_patch14_dinov2", img_size=224, patch_size=16),
 }
 
 
-def load_backbone(name: str, weights=None) -> nn.Module:
+def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module:
     """A timm model without its classifier, in eval mode: images (B, 3, H, W) -> v (B, D).
 
     name: a key of BACKBONES, a timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for
-    the published ones, a .pth, .bin or .safetensors file, or "none" for random ones. Raises
-    ValueError. Its .preprocess takes a PIL image, of its .recipe the Classifier is built.
+    the published ones, a .pth, .bin or .safetensors file, or "none" for random ones; size: pixels
+    of a tile, None for the model's own. Raises ValueError. Beside it are num_features, D;
+    preprocess, PIL image -> its input; recipe, of which the Classifier builds it.
     """
     row, (source, _, place) = BACKBONES.get(name), name.partition(":")
     config, architecture, args = None, name, {}
@@ -239,96 +286,181 @@ def load_backbone(name: str, weights=None) -> nn.Module:
         elif source == "local-dir":
             config, architecture, args = _hub.load_model_config_from_path(place)
         args = dict(args or {}, num_classes=0)
-        backbone = timm.create_model(architecture, weights is None, config, **args)
+        if size:
+            args["img_size"] = size
+        backbone = build_backbone(architecture, args, weights is None, config)
         if weights not in (None, "none"):
             load_weights(backbone, architecture, args, weights)
+        data = timm.data.resolve_model_data_config(backbone)
+        recipe = dict(architecture=architecture, model_args=args, mean=list(data["mean"]),
+                      size=size or data["input_size"][-1], std=list(data["std"]))
+        with torch.no_grad():
+            v = backbone(torch.zeros(1, 3, recipe["size"], recipe["size"]))
+        if v.ndim != 2:
+            raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
     except Exception as error:  # timm and the hub raise of all kinds
         given = f"--model {name}" + (f" --weights {weights}" if weights else "")
+        given += f" --tile-size {size}" if size else ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{given}: could not be loaded ({reason})\nchoose "
-                         f"{', '.join(BACKBONES)}, a timm id, hf-hub:org/model, local-dir:folder or "
-                         "give --weights FILE; UNI is gated: ask for access on "
-                         "https://huggingface.co/MahmoodLab/UNI, then `hf auth login`") from None
-    licence = backbone.pretrained_cfg.get("license") or "see the backbone"
-    if weights is not None and not row:  # a local file under another name can be anyone's
-        licence = "see the backbone" if weights != "none" else "random weights"
+        raise ValueError(
+            f"{given}: could not be loaded ({reason})\nchoose {', '.join(BACKBONES)}, a timm id, "
+            "hf-hub:org/model or local-dir:folder with timm's config.json, or give --weights FILE; "
+            "for a gated one ask on its page, as https://huggingface.co/MahmoodLab/UNI, then "
+            "`hf auth login`") from None
+    backbone.num_features = v.shape[1]  # timm's own is that of the last stage, not always of v
+    grid = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if grid:  # of the positions; the architecture's own may differ
+        args["img_size"] = grid[0]
+    recipe |= dict(licence="see the backbone", backbone_id=name)
+    if row or not weights:  # a local file under another name can be anyone's
+        recipe["licence"] = backbone.pretrained_cfg.get("license") or "see the backbone"
+    if weights == "none":
+        recipe["licence"] = "random weights"
     if source == "local-dir":  # nobody's folders are published
-        name = f"local-dir:{Path(place).name}"
-    data = timm.data.resolve_model_data_config(backbone)
-    inputs = dict(size=data["input_size"][-1], mean=list(data["mean"]), std=list(data["std"]))
-    backbone.preprocess = tile_transform(**inputs)
-    backbone.recipe = dict(inputs, architecture=architecture, model_args=args, backbone_id=name,
-                           licence=licence)
+        recipe["backbone_id"] = f"local-dir:{Path(place).name}"
+    backbone.recipe = recipe
+    backbone.preprocess = tile_transform(recipe["size"], recipe["mean"], recipe["std"])
+    return backbone
+
+
+def build_backbone(architecture: str, args: dict, pretrained=False, config=None) -> nn.Module:
+    """The timm model in eval mode; nothing in args fetches or runs anything."""
+    if not timm.is_model(architecture) or ":" in architecture:
+        raise ValueError(f"architecture {architecture}: expected a name of timm's")
+    for key, value in args.items():
+        if isinstance(value, int) and value > 10_000:
+            raise ValueError(f"{key} is {value}; expected at most 10,000")
+    pool = args.get("global_pool")
+    if pool == "cls+mean":  # timm has no such pooling
+        args = dict(args, global_pool="")
+    # An argument that is given here cannot be in args, too
+    backbone = timm.create_model(architecture, pretrained=pretrained, pretrained_cfg=config,
+                                 checkpoint_path=None, **args)
+    if pool == "cls+mean":
+        backbone.head = ClassAndMean(backbone.num_prefix_tokens)
     return backbone.eval()
+
+
+class ClassAndMean(nn.Module):
+    """Virchow's head: tokens (B, prefix + N, D) -> class token, mean of the N others (B, 2 * D)."""
+
+    def __init__(self, prefix: int):
+        super().__init__()
+        self.prefix = prefix  # the class token and the registers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, 0], tokens[:, self.prefix:].mean(dim=1)], dim=1)
 
 
 def load_weights(backbone: nn.Module, architecture: str, args: dict, path) -> None:
     """Load a file strictly, but for the classifier: keys that the model with classes has alone."""
     state = timm.models.load_state_dict(str(path), weights_only=True)
-    if isinstance(backbone, VisionTransformer):
-        state = checkpoint_filter_fn(state, backbone)  # DINOv2's names, other grids of positions
+    if isinstance(backbone, vision_transformer.VisionTransformer):  # DINOv2's names, other grids
+        state = vision_transformer.checkpoint_filter_fn(state, backbone)
     with torch.device("meta"):
-        full = timm.create_model(architecture, **dict(args, num_classes=2)).state_dict().keys()
-    classifier = full - backbone.state_dict().keys()
+        full = build_backbone(architecture, dict(args, num_classes=2))
+    classifier = full.state_dict().keys() - backbone.state_dict().keys()
     backbone.load_state_dict({key: x for key, x in state.items() if key not in classifier})
 
 
 def tile_transform(size: int, mean, std):
     """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. There is
     no crop_pct: a tile's border is tissue like its centre."""
+    numbers = [x for x in (*mean, *std) if isinstance(x, (int, float))]
+    if len(mean) != 3 or len(std) != 3 or len(numbers) != 6:
+        raise ValueError(f"mean {mean}, std {std}; expected three numbers each")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as PIL RGB, 16-bit grey scaled to 8 bits; ValueError for modes I and F."""
+    if image.mode.startswith("I;16"):  # PIL would clip it at 255, which makes it white
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, whose range is unknown; save it as 8 bits")
+    return image.convert("RGB")
 
 
 # ---- Command line: class probabilities of image files -------------------------------------------
 
 def main(argv=None) -> int:
     """Exit code 0, or 1 where an image was unreadable. A run that is stopped writes nothing."""
-    parser = argparse.ArgumentParser("clipit.py", description="Class probabilities of tiles.")
+    parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS,  # one line an error
+                                     description="Class probabilities of tiles.")
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
-    parser.add_argument("images", nargs="+", help="image files and folders (with all below them)")
+    parser.add_argument("images", nargs="*", help="image files and folders (with all below them)")
     parser.add_argument("--csv", help="the file to write; unset, standard output")
+    parser.add_argument("--wsinfer", help="a new folder, for the model as WSInfer reads it")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if not args.images and not args.wsinfer:
+        parser.error("images: expected files or folders")
+    target = Path(args.csv or "")
+    if args.csv and (target.is_dir() or not target.parent.is_dir()):
+        raise ValueError(f"--csv {target}: expected a file in a folder that exists")
 
     classifier = Classifier.from_pretrained(args.model, map_location=args.device)
-    rows, unreadable = [["path", "pred", *classifier.classes]], False
-    batches = DataLoader(find_images(args.images), args.batch, collate_fn=list)
-    for paths in tqdm(batches, "batches", disable=None):
+    if args.wsinfer:
+        write_wsinfer(classifier, Path(args.wsinfer))
+    if not args.images:
+        return 0
+    paths, rows, unreadable = {}, [["path", "pred", *classifier.classes]], False
+    for path in map(Path, args.images):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not inside and not path.is_file():
+            raise FileNotFoundError(f"{path}: no image there ({' '.join(IMG_EXTENSIONS)})")
+        paths |= dict.fromkeys(inside or [path])  # each once
+    for batch in tqdm(DataLoader(list(paths), args.batch, collate_fn=list), disable=None):
         images = {}
-        for path in paths:
+        for path in batch:
             try:
-                images[path] = Image.open(path).convert("RGB")
+                images[path] = to_rgb(Image.open(path))
             except Exception as error:  # PIL raises of all kinds, each format its own
                 unreadable = True
                 print(f"clipit.py: {path}: not a readable image ({error})", file=sys.stderr)
         probabilities = classifier.predict(images.values()).tolist() if images else []
         for path, p in zip(images, probabilities):
             rows.append([path, classifier.classes[p.index(max(p))], *(f"{x:.6f}" for x in p)])
-    if args.csv:
-        with open(f"{args.csv}.tmp", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        os.replace(f"{args.csv}.tmp", args.csv)
-    else:
+    if not args.csv:
         csv.writer(sys.stdout).writerows(rows)
+        return int(unreadable)
+    with TemporaryDirectory(dir=target.parent) as folder:  # the file appears whole or not at all
+        with open(f"{folder}/table", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        os.replace(file.name, target)
     return int(unreadable)
 
 
-def find_images(given: list[str]) -> list[Path]:
-    """The files given and the images below the folders given, in order of name, each once."""
-    paths = {}
-    for path in map(Path, given):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not inside and not path.is_file():
-            raise FileNotFoundError(f"{path}: no image there ({' '.join(IMG_EXTENSIONS)})")
-        paths |= dict.fromkeys(inside or [path])
-    return list(paths)
+def write_wsinfer(classifier: Classifier, folder: Path) -> None:
+    """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer 1.0 reads them."""
+    about, run = classifier.about, classifier.about["run"]
+    for key, need in (("mpp", "micrometres per pixel: train with --mpp"),
+                      ("side", "pixels of a tile: train on tiles of one size")):
+        if not run.get(key):
+            raise ValueError(f"--wsinfer: the classifier does not know its {need}")
+    statistics = {"mean": about["mean"], "std": about["std"]}
+    transform = [{"name": "ToTensor"}, {"name": "Normalize", "arguments": statistics}]
+    if run["side"] != about["size"]:
+        transform.insert(0, {"name": "Resize", "arguments": {"size": about["size"]}})
+    config = {"spec_version": "1.0", "architecture": about["backbone_id"],
+              "num_classes": len(classifier.classes), "class_names": classifier.classes,
+              "patch_size_pixels": run["side"], "spacing_um_px": run["mpp"], "transform": transform}
+    images = torch.zeros(1, 3, about["size"], about["size"])
+    traced = torch.jit.freeze(torch.jit.trace(classifier.cpu(), images))
+    folder.mkdir(parents=True)
+    traced.save(folder / "torchscript_model.pt")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is unfinished is removed
     try:
         sys.exit(main())
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        print(f"clipit.py: {str(error) or 'stopped'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("clipit.py: stopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"clipit.py: {error}", file=sys.stderr)
         sys.exit(2)

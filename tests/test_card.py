@@ -3,19 +3,21 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import DEMO
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from test_train import run_folder
 
 import train
 from clipit import BACKBONES, Classifier, ClipIT, load_backbone
 
 
-def make_classifier(**recipe):
+def make_classifier(run=None, **recipe):
     """A classifier of the demo's backbone, of which other things are said."""
     backbone = load_backbone(f"local-dir:{DEMO}/backbone")
     backbone.recipe |= recipe
-    return ClipIT(backbone, None, 2, backbone.num_features, 16).to_classifier(["a", "b"])
+    return ClipIT(backbone, None, 2, backbone.num_features, 16).to_classifier(["a", "b"], run)
 
 
 def files_of(folder):
@@ -34,8 +36,8 @@ def test_config_and_card_tell_of_the_run(argv, world):
         assert f"{100 * metrics['rows'][row]['balanced_accuracy']:.2f} %" in card
     assert (run["data"], run["reports"], run["clip_model"]) == ("tiles", "reports.txt",
                                                                 "local-dir:clip")
-    for said in ("research only", "no text, tokenizer or text model", "Classifier.from_pretrained",
-                 "**mit**", f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
+    for said in ("For research only", "No text,\ntokenizer or text model is in it", "**mit**",
+                 f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
                  "`reports.txt`, paired with the tiles by `local-dir:clip`"):
         assert said in card
     assert ModelCard(card).data.license_name == "mit"
@@ -52,17 +54,31 @@ def test_a_run_without_text_names_no_reports(argv):
 
 
 @pytest.mark.parametrize("name, licence", [
-    ("UNI", "cc-by-nc-nd-4.0"), *((name, "kaiko-non-commercial") for name in list(BACKBONES)[1:]),
-    ("mine", '"open": for #research'), ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
+    ("UNI", "cc-by-nc-nd-4.0"), ("DINOL14", "kaiko-non-commercial"), ("Virchow", "apache-2.0"),
+    ("prov-gigapath", "apache-2.0 with conditions"), ("mine", '"open": for #research'), ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
 def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence):
     """A licence of any characters leaves the header readable, as the hub reads it."""
     card = str(make_classifier(backbone_id=name, licence=licence).generate_model_card())
     data = ModelCard(card).data
     assert (data.license, data.license_name) == ("other", licence.replace(" ", "-"))
+    assert "**Tiles**: unknown pixels, unknown micrometres per pixel" in card
     assert data.pipeline_tag == "image-classification" and f"**{licence}**" in card
     if name in BACKBONES:
         assert BACKBONES[name]["licence"] == licence
         assert f"`{name}` (https://huggingface.co/{BACKBONES[name]['repo']})" in card
+
+
+def test_the_cards_example_runs_in_the_saved_folder(tmp_path, monkeypatch):
+    classifier = make_classifier(run={"mpp": 0.5, "side": 96})
+    classifier.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 96), "pink").save("tile.png")
+    card, names = (tmp_path / "README.md").read_text(), {}
+    assert "**Tiles**: 96 pixels, 0.5 micrometres per pixel" in card
+    lines = [line.strip() for line in card.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    exec("\n".join([*lines[:2], f"p = {lines[2]}"]), names)
+    assert torch.equal(names["p"], classifier.predict([Image.open("tile.png")]))
 
 
 def test_push_to_hub_uploads_config_weights_and_card(monkeypatch):

@@ -1,4 +1,4 @@
-"""Models by name: the six backbones, CLIP models, and what is said where one cannot be had."""
+"""Models by name: backbones, CLIP models, and what is said where one cannot be had."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import errors
+from PIL import Image
 from safetensors.torch import save_file
 
 import train
@@ -17,13 +18,21 @@ from lora import inject_lora
 from pairing import CLIPS, load_clip
 
 SIZES = {  # feature size, parameters, keys; LoRA parameters at rank 16 of linear and conv layers;
-    # what the classifier adds in %, with nine classes and text features of 512 (CONCH, QuiltNet)
-    "UNI": (1024, 303_350_784, 342, 6_291_456, 28_672, 0.26),
-    "DINOL14": (1024, 304_370_688, 343, 6_291_456, 25_792, 0.26),
-    "VITS_8": (384, 21_670_272, 150, 1_179_648, 9_216, 2.16),
-    "VITS_16": (384, 21_665_664, 150, 1_179_648, 18_432, 2.16),
-    "VITB_8": (768, 85_807_872, 150, 2_359_296, 15_360, 0.78),
-    "VITB_16": (768, 85_798_656, 150, 2_359_296, 24_576, 0.78),
+    # what the classifier adds in %, with nine classes and text features of 512 (CONCH, QuiltNet);
+    # the first of the means
+    "UNI": (1024, 303_350_784, 342, 6_291_456, 28_672, 0.26, 0.485),
+    "DINOL14": (1024, 304_370_688, 343, 6_291_456, 25_792, 0.26, 0.5),
+    "VITS_8": (384, 21_670_272, 150, 1_179_648, 9_216, 2.16, 0.5),
+    "VITS_16": (384, 21_665_664, 150, 1_179_648, 18_432, 2.16, 0.5),
+    "VITB_8": (768, 85_807_872, 150, 2_359_296, 15_360, 0.78, 0.5),
+    "VITB_16": (768, 85_798_656, 150, 2_359_296, 24_576, 0.78, 0.5),
+    "UNI2-h": (1536, 681_394_176, 343, 9_437_184, 33_984, 0.16, 0.485),
+    "Virchow": (2560, 631_229_184, 454, 10_489_856, 29_888, 0.25, 0.485),
+    "Virchow2": (2560, 631_239_424, 455, 10_489_856, 29_888, 0.25, 0.485),
+    "H-optimus-0": (1536, 1_134_774_272, 567, 15_728_640, 33_984, 0.09, 0.707223),
+    "H-optimus-1": (1536, 1_134_774_272, 567, 15_728_640, 33_984, 0.09, 0.707223),
+    "H0-mini": (768, 85_739_520, 175, 2_359_296, 21_696, 0.78, 0.707223),
+    "prov-gigapath": (1536, 1_134_953_984, 566, 15_728_640, 36_864, 0.09, 0.485),
 }
 
 
@@ -47,7 +56,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbone_sizes_and_what_lora_and_the_classifier_add(name, hub):
-    d, bare, keys, linear, conv, percent = SIZES[name]
+    d, bare, keys, linear, conv, percent, mean = SIZES[name]
     t, c = 512, 9
     with torch.device("meta"):
         backbone = load_backbone(name, "none")
@@ -65,9 +74,49 @@ def test_backbone_sizes_and_what_lora_and_the_classifier_add(name, hub):
         if "lora_" in key:
             count["patch_embed" in key] += p.numel()
     assert (count[False], count[True]) == (linear, conv)
-    assert len(adapted) == (96 if d == 1024 else 48) + 1
+    assert len(adapted) == 4 * len(backbone.blocks) + 1
     assert backbone.recipe["size"] == 224 and not hub.asked
-    assert backbone.recipe["mean"] == ([0.485, 0.456, 0.406] if name == "UNI" else [0.5] * 3)
+    assert backbone.recipe["mean"][0] == mean
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_of_one_block_is_adapted_saved_and_exported(name, monkeypatch, tmp_path):
+    row, small = BACKBONES[name], dict(depth=1, embed_dim=32, num_heads=2)
+    monkeypatch.setitem(BACKBONES, name, row | {"args": row["args"] | small})
+    torch.manual_seed(0)
+    backbone, images = load_backbone(name, "none", 112), torch.randn(2, 3, 112, 112)
+    d, tokens = backbone.num_features, backbone.forward_features(images)
+    v = tokens[:, 0]
+    if "Virchow" in name:  # its class token, and the mean of the patches without the registers
+        registers = 4 if name == "Virchow2" else 0
+        v = torch.cat([v, tokens[:, 1 + registers:].mean(dim=1)], dim=1)
+        assert tokens.shape[1] == 1 + registers + 8 * 8
+    assert v.shape[1] == d == (64 if "Virchow" in name else 32)
+    torch.testing.assert_close(backbone(images), v)
+    linear = {key for key, module in backbone.named_modules() if type(module) is torch.nn.Linear}
+    model = ClipIT(backbone, None, 2, d, 8).eval()
+    assert linear < set(inject_lora(model.backbone, 2)) and len(linear) == 4
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.1)
+    model.to_classifier(["a", "b"]).save_pretrained(tmp_path)
+    again = Classifier.from_pretrained(tmp_path)
+    exported = torch.export.export(again, (images,)).module()
+    for classifier in (again, exported):
+        torch.testing.assert_close(classifier(images), model(images), rtol=0, atol=1e-5)
+
+
+def test_a_tile_size_is_taken_where_the_positions_can_follow_it(vits16, tmp_path):
+    torch.save(vits16, tmp_path / "weights.pth")
+    for name in ("test_vit", "VITS_16"):
+        backbone = load_backbone(name, tmp_path / "weights.pth", 96)
+        assert backbone.recipe["size"] == 96 and backbone.pos_embed.shape[1] == 1 + 6 * 6
+        assert backbone.preprocess(Image.new("RGB", (200, 100))).shape == (3, 96, 96)
+        classifier = ClipIT(backbone, None, 2, 64, 8).to_classifier(["a", "b"])
+        images = torch.randn(1, 3, 96, 96)
+        assert torch.equal(classifier.backbone(images), backbone(images))
+    with pytest.raises(ValueError, match="^--model resnet10t --weights none --tile-size 96: could"):
+        load_backbone("resnet10t", "none", 96)
 
 
 @torch.no_grad()
@@ -110,15 +159,20 @@ def test_a_backbone_comes_from_a_file_or_the_hub_and_back_as_a_classifier(tmp_pa
         load_backbone("VITS_16")
 
 
-def test_a_classifier_in_a_file_of_weights_is_left_out(tmp_path):
-    batch = torch.randn(2, 3, 160, 160)
-    for name in ("test_vit", "resnet10t"):  # head.weight; fc.weight
-        source = timm.create_model(name, num_classes=7).eval()
-        torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
-        save_file(source.state_dict(), tmp_path / "weights.safetensors")
+@pytest.mark.parametrize("name", [
+    "test_vit", "resnet10t", "test_convnext", "hiera_tiny_224", "poolformer_s12",
+    "edgenext_xx_small", "hgnetv2_b0", "test_mambaout", "inception_next_atto", "levit_128s",
+    "deit_tiny_distilled_patch16_224", "mobilenetv3_small_050"])
+def test_a_classifier_in_a_file_of_weights_is_left_out(tmp_path, name):
+    source = timm.create_model(name, num_classes=7).eval()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    for file in ("weights.pth", "weights.safetensors"):
+        backbone = load_backbone(name, tmp_path / file)
+        batch = torch.randn(1, 3, backbone.recipe["size"], backbone.recipe["size"])
         expected = source.forward_head(source.forward_features(batch), pre_logits=True)
-        for file in ("weights.pth", "weights.safetensors"):
-            torch.testing.assert_close(load_backbone(name, tmp_path / file)(batch), expected)
+        torch.testing.assert_close(backbone(batch), expected)
+        assert expected.shape == (1, backbone.num_features)
 
 
 def test_a_file_with_the_names_of_dinov2_loads(tmp_path):
@@ -179,6 +233,37 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, hub):
                              (tmp_path / "pytorch_model.bin", "see the backbone"),
                              ("none", "random weights")):
         assert load_backbone("test_vit", weights).recipe["licence"] == licence
+
+
+def write_backbone(folder, **config):
+    torch.save(timm.create_model("test_vit", img_size=80, num_classes=0).state_dict(),
+               folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+def test_a_model_of_a_grid_of_its_own_is_rebuilt_as_a_classifier(tmp_path):
+    for fixed in (True, False):
+        name = write_backbone(tmp_path, architecture="test_vit", num_classes=0, pretrained_cfg={
+            "input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": fixed},
+            model_args={} if fixed else {"img_size": 80})
+        backbone = load_backbone(name)
+        classifier = ClipIT(backbone, None, 2, 64, 8).to_classifier(["a", "b"])
+        assert torch.equal(classifier.backbone.pos_embed, backbone.pos_embed)
+        assert backbone.recipe["size"] == 80 and backbone.pos_embed.shape[1] == 1 + 5 * 5
+
+
+def test_what_is_no_backbone_is_refused_in_words(tmp_path):
+    cfg = {"input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": True}
+    for config, says in (
+            (dict(model_type="vit"), "KeyError: 'architecture'"),
+            (dict(architecture="hf-hub:org/other", pretrained_cfg=cfg), "expected a name of timm's"),
+            (dict(architecture="test_vit", pretrained_cfg=cfg, model_args={"global_pool": ""}),
+             r"features are \(1, 26, 64\); expected \(B, D\)"),
+            (dict(architecture="test_vit", pretrained_cfg=cfg, model_args={"init_values": 1}),
+             "Missing key.*ls1.gamma")):
+        with pytest.raises(ValueError, match=f"could not be loaded .*{says}"):
+            load_backbone(write_backbone(tmp_path, **config))
 
 
 # ---- CLIP models --------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """python clipit.py: probabilities of image files from a saved classifier."""
 import csv
+import inspect
+import json
+import os
 import runpy
+import signal
 import sys
 
 import pytest
@@ -11,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clipit
-from clipit import ClipIT, load_backbone
+import data
+from clipit import Classifier, ClipIT, load_backbone
 from lora import inject_lora
 
 
@@ -88,12 +93,16 @@ def test_a_run_that_ends_midway_leaves_nothing(model, tmp_path, monkeypatch, err
     assert (file.read_text() if file.exists() else None) == earlier
 
 
-def test_ctrl_c_is_one_line_and_exit_code_2(call, monkeypatch):
-    def stop(path):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(Image, "open", stop)
-    code, _, said = call("run", "tiles")
-    assert code == 2 and said.splitlines()[-1] == "clipit.py: stopped"
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("module, name", [(Image, "open"), (os, "replace")])
+def test_a_signal_leaves_nothing_half_written(call, monkeypatch, tmp_path, module, name, number,
+                                              code):
+    monkeypatch.setattr(module, name, lambda *args: os.kill(os.getpid(), number))
+    before, handler = set(tmp_path.iterdir()), signal.getsignal(signal.SIGTERM)
+    ended, out, said = call("run", "tiles", "--csv", "out.csv")
+    signal.signal(signal.SIGTERM, handler)
+    assert ended == code and out == "" and set(tmp_path.iterdir()) == before
+    assert number != signal.SIGINT or said.splitlines()[-1] == "clipit.py: stopped"
 
 
 @pytest.mark.parametrize("spoil", [
@@ -108,17 +117,87 @@ def test_a_folder_without_a_whole_classifier_is_refused_in_words(call, tmp_path,
     assert code == 2 and out == "" and not (tmp_path / "out.csv").exists()
     first, second = said.splitlines()[-2:]
     assert first.startswith("clipit.py: run: no classifier could be loaded")
-    assert second.startswith("expected a run's folder, its classifier/ with config.json")
+    assert second.startswith("expected a folder of a run or with config.json and model.safetensors")
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(architecture="hf-hub:org/model"), "hf-hub:org/model: expected a name of timm's"),
+    (dict(architecture="local-dir:tiles"), "local-dir:tiles: expected a name of timm's"),
+    (dict(architecture="/tmp/model"), "/tmp/model: expected a name of timm's"),
+    (dict(model_args={"pretrained": True}), "multiple values for keyword argument 'pretrained'"),
+    (dict(model_args={"checkpoint_path": "w.pth"}), "multiple values for .* 'checkpoint_path'"),
+    (dict(model_args={"depth": 10 ** 9}), "depth is 1000000000; expected at most 10,000"),
+    (dict(text_dim=10 ** 9), "size mismatch for distill_head.weight"),
+    (dict(mean=[0.5]), "mean .0.5.*; expected three numbers each"),
+    (dict(std="abc"), "mean .*, std abc; expected three numbers each"),
+    (dict(mean=None, size=None), "missing 2 required .*'size' and 'mean'")])
+def test_a_config_that_is_not_a_classifiers_is_refused_in_words(model, tmp_path, change, says):
+    file = tmp_path / "run" / "classifier" / "config.json"
+    config = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: x for key, x in config.items() if x is not None}))
+    with pytest.raises(ValueError, match=f"run: no classifier could be loaded .*{says}"):
+        Classifier.from_pretrained(tmp_path / "run")
 
 
 def test_what_is_not_there_is_named(call, tmp_path, monkeypatch):
-    def hf_hub_download(*args, **kwargs):
+    def snapshot_download(*args, **kwargs):
         raise errors.LocalEntryNotFoundError("the hub cannot be reached")
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     (tmp_path / "empty").mkdir()
     for words, says in ((["run", "empty"], "empty: no image there (.jpg"),
                         (["run", "tiles", "nowhere.png"], "nowhere.png: no image there"),
-                        (["run", "tiles", "--device", "abacus"], "device abacus is invalid"),
-                        (["org/model", "tiles"], "org/model: no classifier could be loaded")):
+                        (["run", "tiles", "--device", "abacus"], "device type at start of device"),
+                        (["/nowhere", "tiles"], "/nowhere: no classifier could be loaded (no such folder)"),
+                        (["org/model", "tiles"], "loaded (the hub cannot be reached)"),
+                        (["run", "tiles", "--csv", "empty"], "--csv empty: expected a file"),
+                        (["run", "tiles", "--csv", "no/x.csv"], "--csv no/x.csv: expected a file"),
+                        (["run", "tiles", "--batch", "0"], "batch_size should be a positive"),
+                        (["run", "tiles", "--batch", "x"], "--batch: invalid int value: 'x'"),
+                        (["run"], "images: expected files or folders")):
         code, out, said = call(*words)
         assert code == 2 and out == "" and says in said and "Traceback" not in said
+    assert len(said.splitlines()) == 1
+
+
+def test_sixteen_bits_of_grey_are_read_alike_in_both_files(model, tmp_path):
+    assert inspect.getsource(clipit.to_rgb) == inspect.getsource(data.to_rgb)
+    eight = Image.linear_gradient("L")
+    sixteen = Image.frombytes("I;16", eight.size, b"".join(bytes([x, x]) for x in eight.tobytes()))
+    classifier = Classifier.from_pretrained(tmp_path / "run")
+    assert torch.equal(*classifier.predict([eight, sixteen]))
+    with pytest.raises(ValueError, match="mode F"):
+        classifier.predict([eight.convert("F")])
+
+
+def test_all_files_follow_the_umask(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.to_classifier(["a", "b"]).save_pretrained(tmp_path / "shared")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "shared").iterdir()} == {0o640}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit", "ignore:Converting a tensor")
+def test_a_classifier_goes_to_wsinfer(model, call, tmp_path):
+    for known, says in (({"side": 100}, "with --mpp"), ({"mpp": 0.5}, "on tiles of one")):
+        model.to_classifier(["a", "b"], known).save_pretrained(tmp_path / "half")
+        code, _, said = call("half", "--wsinfer", "out")
+        assert code == 2 and f"train {says}" in said and not (tmp_path / "out").exists()
+    for side in (64, 100):
+        classifier = model.to_classifier(["a", "b"], {"mpp": 0.5, "side": side})
+        classifier.save_pretrained(tmp_path / "whole")
+        assert call("whole", "--wsinfer", f"out/{side}")[:2] == (0, "")
+        traced = torch.jit.load(tmp_path / "out" / str(side) / "torchscript_model.pt")
+        images = torch.randn(3, 3, 64, 64)
+        torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)
+        config = json.loads((tmp_path / "out" / str(side) / "config.json").read_text())
+        *resize, to_tensor, normalize = config.pop("transform")
+        assert resize == [{"name": "Resize", "arguments": {"size": 64}}] * (side == 100)
+        assert to_tensor == {"name": "ToTensor"} and normalize["name"] == "Normalize"
+        assert normalize["arguments"] == {key: classifier.about[key] for key in ("mean", "std")}
+        assert config == {"spec_version": "1.0", "architecture": "local-dir:backbone",
+                          "num_classes": 2, "patch_size_pixels": side, "spacing_um_px": 0.5,
+                          "class_names": ["a", "b"]}
+    code, _, said = call("whole", "--wsinfer", "out/64")
+    assert code == 2 and "File exists: 'out/64'" in said
