@@ -5,13 +5,15 @@
     python train.py --ds crc --download --model VITS_16  # the paper's data, fetched once
     python train.py --no-text                            # the ablation: all but the distillation
     python train.py --ep 0                               # pairs, page and heads alone, no step 4
-    python train.py --table runs                         # finished runs as the paper's Table 1
+    python train.py --table runs                         # finished runs: mean, sd, differences
     torchrun --nproc_per_node 4 -- train.py --ds crc     # four processes share every batch
 
 A run writes DIR/OUTPUT/RUN/: args.json, log.jsonl, pairs.csv, metrics.json, predictions.csv,
-report.html to look at, last.pt for --resume, and classifier/, the text-free model for clipit.py.
+report.html to look at, last.pt to go on from, and classifier/, the text-free model for clipit.py.
+The same command again goes on with a stopped run and shows a finished one.
 """
 import argparse
+import copy
 import csv
 import hashlib
 import io
@@ -23,8 +25,12 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import zlib
 from base64 import b64encode
+from contextlib import contextmanager
+from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -33,14 +39,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, StackDataset, Subset
+from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
-from clipit import BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier
-from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_reports,
-                  load_tiles, stratified_split)
+from clipit import (BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier,
+                    tile_transform)
+from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles,
+                  read_reports, tile_side, warn_of_repeated_tiles)
 from lora import TARGETS, inject_lora
-from pairing import CLIPS, embed_images, embed_texts, load_clip, nearest_text
+from pairing import CLIPS, embed_texts, load_clip, nearest_text
 
 SPLITS = ("train", "val", "test")
 
@@ -49,14 +56,17 @@ def main(argv=None) -> dict:
     """One run, the paper in five steps; returns what metrics.json holds. Raises ValueError, OSError
     for bad input, FloatingPointError for a loss that is not finite.
 
-    N tiles, M reports, C classes; D, d: the sizes of the backbone's and of CLIP's features."""
+    N tiles, M reports, C classes; D, d: the sizes of the backbone's and of CLIP's features.
+    """
     args = parse_args(argv)
     if args.table:
-        return table(Path(args.table))
+        return table(Path(args.table), args.against)
     clip, backbone = load_models(args)
     tiles, labels, reports = load_data(backbone, args)  # by split: Tiles, (N,); M texts
     classes = tiles["train"].classes
-    run = open_run(args, tiles, reports)
+    run = open_run(args, clip, backbone, tiles, reports)
+    if metrics := finished_metrics(run):
+        return metrics
 
     # 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is read
     text_emb = embed_reports(clip, reports, args)  # (M, d)
@@ -70,12 +80,12 @@ def main(argv=None) -> dict:
     v = {split: backbone_features(backbone, tiles[split], args) for split in SPLITS}  # (N, D)
     torch.manual_seed(args.sd)
     vision_head = nn.Linear(backbone.num_features, len(classes))
-    train_head(vision_head, v, labels, args.sd)
+    train_head("vision head", vision_head, v, labels, args.sd)
 
     # 3. Text head on the paired reports: what the text knows of the classes
     t = {split: text_emb[pairs[split]] for split in SPLITS}  # (N, d)
     text_head = text_classifier(clip.dim, len(classes))
-    train_head(text_head, t, labels, args.sd)
+    train_head("text head", text_head, t, labels, args.sd)
     p = {"vision head": vision_head(v["test"]).softmax(dim=1),  # (N, C)
          "text head": text_head(t["test"]).softmax(dim=1)}
     p |= clip_baselines(clip, image_emb, labels, classes, args)
@@ -88,16 +98,16 @@ def main(argv=None) -> dict:
 
         # 5. Text-free test: LoRA merged, no text tower, no report, no CLIP
         classifier = model.to_classifier(classes).to(args.device)
-        p[variant(args)] = outputs(classifier, tiles["test"], args).softmax(dim=1)
-        write_predictions(run, tiles["test"], p[variant(args)])
+        p[args.variant] = outputs("test", classifier, tiles["test"], args).softmax(dim=1)
     metrics = {"rows": {name: scores(p[name], labels["test"]) for name in p},
                "complementarity": complementarity(p["vision head"], p["text head"],
                                                   labels["test"], classes),
-               "test_tiles": len(labels["test"]), "classes": classes, "ds": args.ds,
-               "model": args.model, "sd": args.sd, "best": best}
+               "test_tiles": len(labels["test"]), "classes": classes, "best": best}
     if args.ep:
-        write_classifier(run, model, metrics, args)
-    write_results(run, metrics, tiles, pairs, similarity, reports)
+        write_predictions(run, tiles["test"], p[args.variant])
+        write_classifier(run, model, tiles["train"], metrics, args)
+    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports, metrics)
+    write_metrics(run, metrics)
     return metrics
 
 
@@ -110,14 +120,13 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
     trained = [p for p in model.parameters() if p.requires_grad]
     # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay, fused=True)
+    state, tracker = resume_training(run, model, optimizer), open_tracker(run, args)
+    text = epoch_text = text_of(clip, reports, text_emb, args)  # (M, d), (M, L) or None
     n = len(tiles["train"])
     epoch_steps = math.ceil(n / args.batch)
     total = args.ep * epoch_steps
     val_steps = max(round(args.val_every * epoch_steps), 1)
-    text = epoch_text = text_of(clip, reports, text_emb, args)  # (M, d), (M, L) or None
-    state, tracker = resume_training(run, model, optimizer, args), open_tracker(run, args)
     step, sums, began = state["step"], {}, time.perf_counter()
-    bar = tqdm(total=total, initial=step, desc="train", leave=False, disable=None)
     model.train()
     while step < total and not state["stopped"]:
         epoch, done = divmod(step, epoch_steps)
@@ -125,7 +134,9 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
         order = torch.randperm(n, generator=generator).split(args.batch)[done:]
         if args.drop_words:
             epoch_text = text_of(clip, reports, text_emb, args, epoch)
-        for images, labels, report, share in batches(tiles["train"], pairs["train"], order, args):
+        loader = batches(augment(tiles["train"], epoch, args), order, args, pairs["train"])
+        title = f"epoch {epoch + 1} of {args.ep}"
+        for images, labels, report, share in progress(title, loader, len(order)):
             torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
@@ -138,8 +149,9 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             optimizer.step()
             optimizer.zero_grad()  # now: kept through the next forward pass they would cost memory
             step += 1
-            bar.update()
-            optimizer.param_groups[0]["lr"] = args.lr * decay(step / total, args)
+            if args.scheduler:  # a cosine by step to a tenth; the authors' over epochs stands still
+                cosine = math.cos(math.pi * step / total)
+                optimizer.param_groups[0]["lr"] = args.lr * (0.55 + 0.45 * cosine)
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + share * value
             if step % val_steps and step < total:
@@ -154,16 +166,15 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line |= {"lr": optimizer.param_groups[0]["lr"],
                      "tiles_per_second": round(steps * args.batch / seconds, 1)}
             stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
-            update_best(state, line, model, args)
-            save_training(run, state, line, model, optimizer, args)
+            update_state(state, line, model, args)
+            save_training(run, state, model, optimizer, args)
             if tracker:
                 tracker.log(line, step=step)
             if step // val_steps % args.log == 0 or step == total or state["stopped"]:
-                show(line, total)
+                print(shown(line))
             sums, began = {}, time.perf_counter()
             if state["stopped"]:
                 break
-    bar.close()
     best = state["best"]
     model.load_state_dict(best["model"], strict=False)  # the trained parameters; the rest stays
     model.eval()
@@ -184,10 +195,10 @@ def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tok
         elif tokens is None:  # a fixed text is looked up
             t = text_emb[report]
         else:  # tiles share reports: each distinct one is encoded once
-            used, row = report.unique(return_inverse=True)
-            t = model.text_tower(tokens[used])[row]
+            distinct, row = report.unique(return_inverse=True)
+            t = model.text_tower(tokens[distinct])[row]
     logits, t_hat, t = (x if x is None else x.float() for x in (logits, t_hat, t))
-    if "double-softmax" in args.authors:  # theirs: cross-entropy takes probabilities for logits
+    if args.authors:  # theirs: cross-entropy takes probabilities for logits
         logits = logits.softmax(dim=1)
     return logits, t_hat, t
 
@@ -198,7 +209,8 @@ def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> d
     the image alone; the reports enter the distillation part of the loss."""
     model.eval()
     order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
-    for images, _, report, _ in batches(tiles, pairs, order, args):
+    loader = batches(tiles, order, args, pairs)
+    for images, _, report, _ in progress("validation", loader, len(order)):
         rows.append(forward(model, images, report, *text, args))
     logits, t_hat, t = (None if parts[0] is None else gather(torch.cat(parts), len(tiles))
                         for parts in zip(*rows))  # (N, C), (N, d), (N, d)
@@ -214,18 +226,18 @@ def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> d
     return line
 
 
-def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor], seed: int,
-               steps: int = 12_500, patience: int = 20) -> None:
-    """Train a head on features computed once, as kaiko-eva 0.1.2 trains its linear probe: AdamW
-    3e-4, batch 256, at most 12,500 steps. Of 100 looks at the validation loss the state of the
-    lowest is kept; `patience` looks without a lower one end it.
+def train_head(name: str, head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor],
+               seed: int, steps: int = 12_500, patience: int = 20) -> None:
+    """Train a head on stored features; features: split -> (N, D), labels: split -> (N,).
 
-    features: split -> (N, D), labels: split -> (N,).
+    AdamW 3e-4, batch 256 and 12,500 steps at most, as kaiko-eva 0.1.2 trains its linear probe.
+    Ours: of 100 looks at the validation loss (its: accuracy) the state of the lowest is kept, and
+    `patience` looks without a lower one end it.
     """
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    lowest, waited, best, order = math.inf, 0, head.state_dict(), []
-    for step in tqdm(range(1, steps + 1), "train head", leave=False, disable=None):
+    lowest, waited, best, order = math.inf, 0, None, []
+    for step in progress(name, range(1, steps + 1), steps):
         if not order:
             order = list(torch.randperm(len(labels["train"]), generator=generator).split(256))
         batch = order.pop(0)
@@ -239,8 +251,7 @@ def train_head(head: nn.Module, features: dict[str, Tensor], labels: dict[str, T
             val_loss = F.cross_entropy(head(features["val"]), labels["val"]).item()
         waited += 1
         if val_loss < lowest:
-            lowest, waited = val_loss, 0
-            best = {name: p.clone() for name, p in head.state_dict().items()}
+            lowest, waited, best = val_loss, 0, copy.deepcopy(head.state_dict())
         if waited == patience:
             break
     head.load_state_dict(best)
@@ -265,30 +276,29 @@ def scores(p: Tensor, labels: Tensor) -> dict:
 
 
 def macro_auroc(p: Tensor, labels: Tensor) -> float:
-    """Mean one-against-rest area under the ROC curve, ties counted half, over the classes that have
-    tiles and are not all of them."""
+    """Mean one-against-rest area under the ROC curve over the classes that have tiles and are not
+    all of them: how often a tile of the class has the higher p of two, a tie counted half."""
     areas = []
     for label in range(p.shape[1]):
-        positive = labels == label
-        m, n = int(positive.sum()), int((~positive).sum())
-        if m and n:
-            _, place, counts = p[:, label].unique(return_inverse=True, return_counts=True)
-            rank = (counts.cumsum(0) - (counts - 1) / 2).double()  # the mean rank of equal scores
-            areas.append(((rank[place][positive].sum() - m * (m + 1) / 2) / (m * n)).item())
-    return sum(areas) / len(areas) if areas else math.nan
+        inside, outside = p[labels == label, label], p[labels != label, label].sort().values
+        below = torch.searchsorted(outside, inside)
+        below_or_equal = torch.searchsorted(outside, inside, right=True)
+        areas.append((below + below_or_equal).double().mean() / (2 * len(outside)))
+    return torch.stack(areas).nanmean().item()
 
 
 def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
     """Fig. 3: the tiles that the text model gets right and the vision model wrong, as count and
     share, per class too. vision, text: probabilities (N, C)."""
     wrong = vision.argmax(dim=1) != labels
-    gained = wrong & (text.argmax(dim=1) == labels)
-
-    def count(among):
-        tiles = int(gained[among].sum())
-        return {"tiles": tiles, "share": tiles / max(int(among.sum()), 1)}
-    return {**count(torch.ones_like(wrong)), "share_of_vision_errors": count(wrong)["share"],
-            "per_class": {name: count(labels == label) for label, name in enumerate(classes)}}
+    gained = wrong & (text.argmax(dim=1) == labels)  # (N,)
+    per_class = {}
+    for label, name in enumerate(classes):
+        among = gained[labels == label].double()
+        per_class[name] = {"tiles": int(among.sum()), "share": among.mean().item()}
+    return {"tiles": int(gained.sum()), "share": gained.double().mean().item(),
+            "share_of_vision_errors": gained[wrong].double().mean().nan_to_num().item(),
+            "per_class": per_class}
 
 
 def text_spread(features: Tensor) -> float:
@@ -301,6 +311,10 @@ def text_spread(features: Tensor) -> float:
 
 def load_models(args):
     """CLIP and the backbone on the device; from here on the same seed gives the same numbers."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
@@ -310,55 +324,59 @@ def load_models(args):
         dataset_folder(args.ds, args.data_dir)  # refused before anything is loaded
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
     clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
-    return clip, load_backbone(args.model, args.weights).to(args.device)
+    backbone = load_backbone(args.model, args.weights, args.tile_size)
+    if args.authors and args.ds == "pcam":  # theirs: OpenAI's statistics under all backbones
+        statistics = {"mean": [0.4815, 0.4578, 0.4082], "std": [0.2686, 0.2613, 0.2758]}
+        backbone.recipe |= statistics
+        backbone.preprocess = tile_transform(backbone.recipe["size"], **statistics)
+    return clip, backbone.to(args.device)
 
 
 def load_data(backbone: nn.Module, args):
-    """(tiles, labels, reports): split -> Tiles as the backbone sees them, split -> (N,), texts."""
+    """(tiles, labels, reports): split -> Tiles as the backbone sees them, split -> (N,), report ->
+    its place in the source."""
     if args.download:
         download(args.ds, args.reports, args.data_dir)
-    reports, tiles = load_reports(args.reports, args.data_dir), {}
+    reports, tiles = read_reports(args.reports, args.data_dir), {}
     for split in SPLITS:
         part = load_tiles(args.ds, split, args.data_dir, backbone.preprocess, args.val_int)
         if args.limit:
-            part = part.take(stratified_split(part.labels, args.limit, args.sd)[1])
+            part = part.take(draw_shots(part.labels, args.limit, args.sd))
         if args.shots and split == "train":
             part = part.take(draw_shots(part.labels, args.shots, args.sd))
         tiles[split] = part
         print(f"{args.ds}: {len(part)} {split} tiles of {len(part.classes)} classes")
+    warn_of_repeated_tiles(tiles)
     return tiles, {split: torch.tensor(tiles[split].labels) for split in SPLITS}, reports
 
 
-def embed_reports(clip, reports: list[str], args) -> Tensor:
+def embed_reports(clip, reports, args) -> Tensor:
     """CLIP features of the reports, (M, d)."""
-    key = [args.clip_model, reports]
-    return cached("report", clip.text_tower, key, lambda: embed_texts(clip, reports), args)
+    return cached("report", [args.inputs["CLIP"], list(reports)], args,
+                  lambda: embed_texts(clip, list(reports)))
 
 
 def embed_tiles(clip, tiles: Tiles, args) -> Tensor:
-    """CLIP features of the tiles, (N, d). The first look at every tile: one that cannot be read
-    ends the run here."""
+    """CLIP features of the tiles, (N, d), in fp32. The first look at every tile: one that cannot be
+    read ends the run here."""
     tiles = tiles.with_transform(clip.preprocess)
-
-    def compute():
-        return gather(embed_images(clip, shard(tiles), args.batch, args.worker), len(tiles))
-    return cached("tile", clip.image_tower, tile_facts(tiles), compute, args)
+    return cached("tile", [args.inputs["CLIP"], tile_facts(tiles)], args,
+                  lambda: outputs("CLIP features", clip.encode_image, tiles, args, fp32=True))
 
 
 def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
     """Features of the frozen backbone, (N, D)."""
-    key = [args.amp, *tile_facts(tiles)]
-    return cached("backbone", backbone, key, lambda: outputs(backbone, tiles, args), args)
+    return cached("backbone", [args.inputs["backbone"], args.amp, tile_facts(tiles)], args,
+                  lambda: outputs("backbone features", backbone, tiles, args))
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, tiles: Tiles, args) -> Tensor:
-    """The output of a backbone or a classifier for every tile, (N, ...) fp32 on the CPU."""
-    generator, rows = torch.Generator(), []  # the workers' seed is not drawn from the run's
-    loader = DataLoader(shard(tiles), args.batch, num_workers=args.worker, generator=generator)
-    with autocast(args):
-        for images, _ in tqdm(loader, "tiles", leave=False, disable=None):
-            rows.append(model(images.to(args.device)).float())
+def outputs(title: str, model, tiles: Tiles, args, fp32: bool = False) -> Tensor:
+    """model(images (B, 3, H, W)) of all tiles, (N, ...) fp32 on the CPU."""
+    order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
+    for images, *_ in progress(title, batches(tiles, order, args), len(order)):
+        with autocast(args, fp32):
+            rows.append(model(images).float())
     return gather(torch.cat(rows), len(tiles))
 
 
@@ -368,7 +386,7 @@ def clip_baselines(clip, image_emb, labels, classes: list[str], args) -> dict[st
     p = {}
     if "clip-probe" in args.baseline:
         probe = nn.Linear(clip.dim, len(classes))
-        train_head(probe, image_emb, labels, args.sd)
+        train_head("CLIP linear probe", probe, image_emb, labels, args.sd)
         p["CLIP linear probe"] = probe(image_emb["test"]).softmax(dim=1)
     if "zeroshot" in args.baseline:  # cosines with a prompt a class, at the usual temperature 1/100
         names = DATASETS.get(args.ds, {}).get("prompts", classes)
@@ -383,60 +401,68 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
     torch.manual_seed(args.sd)
     model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
                    vision_head.in_features, clip.dim, args.kd_layers,
-                   fused="lora" not in args.baseline, random_fusion="random-fusion" in args.authors)
+                   fused="lora" not in args.baseline, random_fusion=args.authors)
     model.vision_head.load_state_dict(vision_head.state_dict())
-    if args.lora_vision:
-        adapt(backbone, args)
-    if args.lora_text and not args.no_text:
-        model.text_tower = clip.text_tower
-        adapt(clip.text_tower, args)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
+    if args.lora_text and not args.no_text:
+        model.text_tower = clip.text_tower
+    for tower, adapted in ((backbone, args.lora_vision), (model.text_tower, args.lora_text)):
+        kinds = tuple(TARGETS[target].adapts for target in args.lora_targets)
+        layers = [] if tower is None else [x for x in tower.modules() if isinstance(x, kinds)]
+        if adapted and layers:  # no text tower has a Conv2d for --lora-targets conv2d
+            inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
     clip.image_tower = None  # its part has ended
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return model.to(args.device)
 
 
-def adapt(tower: nn.Module, args) -> None:
-    """LoRA on the tower's layers of --lora-targets; a tower that has none stays as it is."""
-    kinds = tuple(TARGETS[target].adapts for target in args.lora_targets)
-    if any(isinstance(layer, kinds) for layer in tower.modules()):
-        inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    else:
-        print(f"no {' or '.join(args.lora_targets)} layer in {type(tower).__name__}: no LoRA in it")
-
-
-def variant(args) -> str:
-    """What the row of the trained model is called."""
-    if "lora" in args.baseline:
-        return "LoRA with a plain head"
-    return "CLIP-IT without text" if args.no_text else "CLIP-IT"
-
-
-def batches(tiles: Tiles, pairs: Tensor, order, args):
+def batches(tiles, order, args, pairs: Tensor | None = None):
     """(images (B, 3, H, W), labels (B,), report (B,), share) on the device for every batch of
-    indices in `order`; of many processes each gets its tiles of a batch, and their share of it."""
-    loader = DataLoader(StackDataset(tiles, pairs), num_workers=args.worker,
-                        batch_sampler=[own_rows(batch.tolist()) for batch in order],
-                        generator=torch.Generator(), pin_memory=args.device.type == "cuda")
+    indices in `order`; of many processes each gets its tiles of a batch, and their share of it. One
+    that has none computes the first, for nothing."""
+    if pairs is None:
+        pairs = torch.zeros(len(tiles), dtype=torch.long)
+    own = [batch[RANK::WORLD] if RANK < len(batch) else batch[:1] for batch in order]
+    loader = DataLoader(StackDataset(tiles, pairs), batch_sampler=[rows.tolist() for rows in own],
+                        num_workers=args.worker, worker_init_fn=leave_signals,
+                        generator=torch.Generator(),  # no number is drawn from the run's
+                        pin_memory=args.device.type == "cuda")
     for batch, ((images, labels), report) in zip(order, loader):
         share = len(batch[RANK::WORLD]) / len(batch)
         yield *(x.to(args.device, non_blocking=True) for x in (images, labels, report)), share
 
 
-def text_of(clip, reports: list[str], text_emb: Tensor, args, epoch: int | None = None):
+def augment(tiles: Tiles, epoch: int, args) -> Tiles:
+    """The tiles; with --authors on PCAM under the flips and the colour jitter that theirs have."""
+    if not args.authors or args.ds != "pcam":
+        return tiles
+    from torchvision.transforms import v2
+    jitter = v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05)
+    flips = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()
+    transform = v2.Compose([*flips, jitter, tiles.transform])
+    return tiles.with_transform(partial(seeded, transform, args.sd * 1009 + epoch))
+
+
+def seeded(transform, seed: int, image) -> Tensor:
+    """transform(image) with random numbers that the seed and the pixels alone decide."""
+    torch.manual_seed(zlib.crc32(image.tobytes()) + seed)
+    return transform(image)
+
+
+def text_of(clip, reports, text_emb: Tensor, args, epoch: int | None = None):
     """(features (M, d), tokens (M, L), None where the text is fixed) of all reports on the device;
     in an epoch under --drop-words, of what is left of each."""
-    tokens, dropped = None, epoch is not None
-    if dropped:
-        reports = [drop_words(report, args.drop_words, f"{args.sd} {epoch} {i}")
-                   for i, report in enumerate(reports)]
+    texts = list(reports)
+    if epoch is not None:
+        texts = [drop_words(text, args.drop_words, f"{args.sd} {epoch} {i}")
+                 for i, text in enumerate(texts)]
     if args.lora_text and not args.no_text:
-        tokens = clip.tokenize(reports).to(args.device)
-    elif dropped:
-        text_emb = embed_texts(clip, reports)
-    return text_emb.to(args.device), tokens
+        return text_emb.to(args.device), clip.tokenize(texts).to(args.device)
+    if epoch is not None:
+        text_emb = embed_texts(clip, texts)
+    return text_emb.to(args.device), None
 
 
 def drop_words(report: str, share: float, seed: str) -> str:
@@ -446,15 +472,10 @@ def drop_words(report: str, share: float, seed: str) -> str:
     return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), count)))
 
 
-def autocast(args):
+def autocast(args, fp32: bool = False):
     """--amp: matrix products in bf16; parameters, their updates and the loss stay fp32."""
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16")
-
-
-def decay(done: float, args) -> float:
-    """The factor of the learning rate; --scheduler 1: a cosine by step down to a tenth. (The
-    authors' goes by epoch over 12,500 epochs and so stands still.)"""
-    return 0.55 + 0.45 * math.cos(math.pi * done) if args.scheduler else 1.0
+    enabled = args.amp == "bf16" and not fp32
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
 
 
 # ---- Many processes: row i is process i % WORLD's; of one process nothing here does anything ----
@@ -462,28 +483,23 @@ def decay(done: float, args) -> float:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-def own_rows(rows):
-    """This process's part of a list; one that has none computes the first row, for nothing."""
-    return list(rows[RANK::WORLD]) or list(rows[:1])
-
-
-def shard(tiles: Tiles) -> Subset:
-    return Subset(tiles, own_rows(range(len(tiles))))
+@contextmanager
+def talk():
+    """Where processes exchange something: the end of another one is said in words."""
+    try:
+        yield
+    except RuntimeError:
+        raise ConnectionError("another process of the run has ended; mend what it says, and the "
+                              "same command goes on") from None
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
-    if WORLD == 1:
-        return
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    whole = torch.cat([x.detach().flatten() for x in tensors]).to(device)
-    try:
-        dist.all_reduce(whole)
-    except RuntimeError:
-        raise ConnectionError("another process of the run has ended; mend what it says, and the "
-                              "same command with --resume goes on") from None
-    for x, part in zip(tensors, whole.split([x.numel() for x in tensors])):
-        x.detach().copy_(part.view_as(x))
+    if WORLD > 1:
+        whole = nn.utils.parameters_to_vector(tensors).detach()
+        with talk():
+            dist.all_reduce(whole)
+        nn.utils.vector_to_parameters(whole, tensors)
 
 
 def gather(rows: Tensor, n: int) -> Tensor:
@@ -496,44 +512,97 @@ def gather(rows: Tensor, n: int) -> Tensor:
     return rows.cpu()
 
 
-def wait_for_all() -> None:
-    sum_over_processes([torch.zeros(1)])
+def from_all(fact) -> list:
+    """What each process has for `fact`, the first process's first."""
+    facts = [fact] * WORLD
+    if WORLD > 1:
+        with talk():
+            dist.all_gather_object(facts, fact)
+    return facts
 
 
-def write_file(path: Path, write) -> None:
-    """write(a temporary name), then renamed: a killed run leaves the old file or the new one. The
-    first process writes, the others wait for it."""
-    if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        write(part)
-        if path.is_dir():  # a folder cannot be renamed over another
-            shutil.rmtree(path)
-        os.replace(part, path)
-    wait_for_all()
+# ---- A run's folder and its files ---------------------------------------------------------------
+
+# Flags that say where and how a run is made, not what it is: they may change when it goes on
+PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "overwrite",
+          "log", "table", "against", "wandb", "grad_checkpointing")
+RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html",
+           "args.json", "classifier", ".tmp*")
 
 
-# ---- The cache: features are computed once for the same tiles and weights -----------------------
+def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
+    """Make DIR/OUTPUT/RUN with args.json, or go on in it. Raises ValueError, and changes nothing,
+    where it holds a run of other flags or inputs, or another process is at it."""
+    run = Path(args.dir, args.output, args.run)
+    config = {key: value for key, value in vars(args).items() if key not in PLACES}
+    labels = [tiles[split].labels for split in SPLITS]
+    args.inputs = {"reports": sha256(list(reports)), "backbone": sha256(backbone),
+                   "CLIP": sha256(clip.image_tower, clip.text_tower),
+                   "tiles": sha256(labels, *(tile_facts(tiles[split]) for split in SPLITS))}
+    for inputs in from_all(args.inputs):
+        for name in changed(inputs, args.inputs):
+            raise ValueError(f"the processes of the run see different things (the {name}); give "
+                             "all of them the same files")
+    if RANK:
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    args.lock = lock(run)
+    if args.overwrite:
+        start_again(run)
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
+    versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
+    facts = {"config": config, "inputs": args.inputs, "versions": versions}
+    if (run / "args.json").exists():
+        first = read_json(run / "args.json", facts.keys())
+        changes = [f"{key} {first['config'].get(key)!r} there, {config[key]!r} now"
+                   for key in changed(first["config"], config)]
+        changes += [f"the {name} changed" for name in changed(first["inputs"], args.inputs)]
+        if changes:
+            raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(changes)})\n"
+                             "give another --run, or --overwrite to begin it anew")
+        facts |= {"versions": first["versions"], "versions_of_the_last_start": versions}
+    write_text(run / "args.json", json.dumps(facts, indent=1))
+    return run
 
-def cached(kind: str, tower: nn.Module, key: list, compute, args) -> Tensor:
-    """compute()'s tensor, kept in DIR/cache under a hash of the tower's weights and of all else
-    that it depends on (key). The folder may be removed at any time."""
-    digest = hashlib.sha256(json.dumps(key).encode())
-    for name, value in tower.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    path = Path(args.dir, "cache", f"{kind}-{digest.hexdigest()[:16]}.pt")
+
+def changed(before: dict, now: dict) -> list[str]:
+    """The keys whose values differ."""
+    return [key for key in now if before.get(key) != now[key]]
+
+
+def lock(folder: Path):
+    """A file that this process alone holds until it ends; ValueError where another one has it."""
     try:
-        tensor = torch.load(path, weights_only=True)
-    except Exception:  # none there, or whatever is wrong with it: computing mends it
-        tensor = None
-    wait_for_all()  # all have looked before one of them writes it
-    print(f"{kind} features: {'computed' if tensor is None else 'from the cache'}")
-    if tensor is None:
-        tensor = compute()
-        write_file(path, lambda part: torch.save(tensor, part))
-    return tensor
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is at this run; wait for it, or give another "
+                         "--run") from None
+    return file
+
+
+def start_again(run: Path) -> None:
+    """--overwrite: remove what a run writes and nothing else."""
+    for name in RESULTS:
+        for path in run.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sha256(*parts) -> str:
+    """A hash of modules' weights and of whatever JSON can hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, value in part.state_dict().items():
+                digest.update(name.encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def tile_facts(tiles: Tiles) -> list:
@@ -545,89 +614,137 @@ def tile_facts(tiles: Tiles) -> list:
     return facts
 
 
-# ---- A run's folder and its files ---------------------------------------------------------------
-
-# Flags that say where and how a run is made, not what it is: they may change when it is resumed
-PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "log",
-          "table", "wandb", "grad_checkpointing")
-RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html")
-
-
-def open_run(args, tiles, reports: list[str]) -> Path:
-    """Join the processes and make DIR/OUTPUT/RUN with args.json. A folder that holds another
-    configuration is left as it is (ValueError)."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)
-    run = Path(args.dir, args.output, args.run)
-    config = {key: value for key, value in vars(args).items() if key not in PLACES}
-    inputs = [reports, *([tiles[split].paths, tiles[split].labels] for split in SPLITS)]
-    config["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    if (run / "args.json").exists():
-        before = json.loads((run / "args.json").read_text())["config"]
-        for key in config:
-            if before.get(key) != config[key]:
-                raise ValueError(f"{run}: holds a run of another configuration ({key} "
-                                 f"{before.get(key)!r} there, {config[key]!r} now); give another "
-                                 "--run, or remove that folder")
-    if not args.resume and RANK == 0:  # old results go first, so that none can be mistaken
-        shutil.rmtree(run / "classifier", ignore_errors=True)
-        for name in RESULTS:
-            for path in run.glob(name):
-                path.unlink()
-    packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
-    versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
-    places = {key: str(getattr(args, key)) for key in PLACES}
-    facts = {"config": config, "places": places, "versions": versions}
-    write_text(run / "args.json", json.dumps(facts, indent=1))
-    return run
+def cached(kind: str, facts: list, args, compute) -> Tensor:
+    """compute()'s tensor, kept in DIR/cache under a hash of all that it depends on: equal facts,
+    equal features. The folder may be removed at any time. The first process's file counts."""
+    path, tensor = Path(args.dir, "cache", f"{kind}-{sha256(facts)}.pt"), None
+    try:
+        tensor = torch.load(path, weights_only=True) if RANK == 0 else None
+    except Exception:  # none there, or whatever is wrong with it: computing mends it
+        pass
+    tensor = from_all(tensor)[0]
+    print(f"{kind} features: {'computed' if tensor is None else 'from the cache'}")
+    if tensor is None:
+        tensor = compute()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{kind} features hold NaN or infinity: its weights cannot be right")
+        write_torch(path, tensor)
+    return tensor
 
 
-def resume_training(run: Path, model: ClipIT, optimizer, args) -> dict:
-    """Where training stands: what last.pt says with --resume, otherwise at its start."""
-    if args.resume and (run / "last.pt").exists():
-        saved = torch.load(run / "last.pt", weights_only=True)
-        model.load_state_dict(saved["model"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        if RANK == 0:
-            os.truncate(run / "log.jsonl", saved["log_bytes"])
-        print(f"going on from step {saved['state']['step']}")
-        return saved["state"]
-    write_file(run / "log.jsonl", Path.touch)
-    return {"step": 0, "waited": 0, "stopped": False, "best": None}
+def write_file(path: Path, write) -> None:
+    """write(a path in a temporary folder), then renamed: after a kill or a power cut the old file
+    or the new one is there. The first process writes. OSError, and nothing left, where it fails."""
+    if RANK:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            write(part)
+            sync(part, *part.rglob("*"))
+            if path.is_dir():  # a folder cannot be renamed over another
+                shutil.rmtree(path)
+            os.replace(part, path)
+        sync(path.parent)
+    except Exception as error:  # safetensors' are of its own kind
+        raise OSError(f"{path}: could not be written ({error})\nmake room there or give another "
+                      "--dir; the same command goes on") from None
 
 
-def save_training(run: Path, state: dict, line: dict, model: ClipIT, optimizer, args) -> None:
-    """Add the line to log.jsonl and write last.pt: everything that the next step depends on."""
+def sync(*paths: Path) -> None:
+    """Have the system write files, and the names in folders, to the disk now."""
+    for path in paths if os.name == "posix" else ():
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda part: part.write_text(text, "utf-8", "replace"))
+
+
+def write_torch(path: Path, value) -> None:
+    """torch.save by way of memory: on a full disk its own writer does not say so."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    write_file(path, lambda part: part.write_bytes(file.getbuffer()))
+
+
+def write_csv(path: Path, header: list[str], rows) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def read_json(path: Path, keys) -> dict:
+    """What a run has written there, if it has those keys; otherwise ValueError with the path."""
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+        missing = keys - facts.keys()
+    except (ValueError, AttributeError, TypeError) as error:
+        missing = error
+    if missing:
+        raise ValueError(f"{path}: not a file of a run of this version ({missing}); remove it, or "
+                         "give --overwrite to begin the run anew")
+    return facts
+
+
+def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
+    """Where training stands: what last.pt says, where it is there, otherwise at its start."""
+    saved = None
+    try:
+        if RANK == 0 and (run / "last.pt").exists():
+            saved = torch.load(run / "last.pt", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise of all kinds
+        raise ValueError(f"{run / 'last.pt'}: damaged ({str(error)[:100]})\nremove it, and the "
+                         "same command trains anew; features and pairs are kept") from None
+    saved = from_all(saved)[0]
+    if saved is None:
+        return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": [],
+                "collapsed": False}
+    model.load_state_dict(saved["model"], strict=False)
+    optimizer.load_state_dict(saved["optimizer"])
+    write_log(run, saved["state"])
+    print(f"going on from step {saved['state']['step']}")
+    return saved["state"]
+
+
+def update_state(state: dict, line: dict, model: ClipIT, args) -> None:
+    """Keep the weights of the best --monitor; --early stops after --patience looks without a better
+    one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
+    if args.lora_text and line.get("text_spread", 1) < 0.1 and not state["collapsed"]:
+        state["collapsed"] = True
+        print("the reports' features have collapsed to nearly one direction (text_spread below "
+              "0.1): there is little left to distil; --lora-text 0 keeps them")
+    value, gain = line.get(args.monitor, line["step"]), math.inf
+    if state["best"] and args.monitor != "last":
+        gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
+    if gain > 0:
+        state["best"] = {"value": value, "step": line["step"], "model": trained_state(model)}
+    state["waited"] = 0 if gain > args.delta else state["waited"] + 1
+    state["stopped"] = bool(args.early) and state["waited"] >= args.patience
     state["step"] = line["step"]
-    if RANK == 0:
-        with open(run / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-    weights = trained_state(model)
-    saved = {"state": state, "model": weights, "optimizer": optimizer.state_dict(),
-             "log_bytes": os.path.getsize(run / "log.jsonl")}
-    write_file(run / "last.pt", lambda part: torch.save(saved, part))
+    state["log"].append(line)
+
+
+def save_training(run: Path, state: dict, model: ClipIT, optimizer, args) -> None:
+    """last.pt, everything that the next step depends on, and log.jsonl, which is in it too."""
+    saved = {"state": state, "model": trained_state(model), "optimizer": optimizer.state_dict()}
+    write_torch(run / "last.pt", saved)
+    write_log(run, state)
     if args.chkpnt:
-        write_file(run / f"step_{line['step']}.pt", lambda part: torch.save(weights, part))
+        write_torch(run / f"step_{state['step']}.pt", saved["model"])
+
+
+def write_log(run: Path, state: dict) -> None:
+    write_text(run / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in state["log"]))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained parameters: LoRA and heads."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters()
             if p.requires_grad}
-
-
-def update_best(state: dict, line: dict, model: ClipIT, args) -> None:
-    """Keep the state of the best --monitor; --early stops after --patience looks without a better
-    one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
-    value, gain = line[args.monitor], math.inf
-    if state["best"]:
-        gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
-    if gain > 0:
-        state["best"] = {"value": value, "step": line["step"], "model": trained_state(model)}
-    state["waited"] = 0 if gain > args.delta else state["waited"] + 1
-    state["stopped"] = bool(args.early) and state["waited"] >= args.patience
 
 
 def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
@@ -645,29 +762,29 @@ def open_tracker(run: Path, args):
     return wandb.init(project="clip-it", name=run.name, dir=run, config=vars(args))
 
 
-def show(line: dict, total: int) -> None:
-    keys = ("loss", "ce", "kd", "val_loss", "val_bacc", "text_spread")
-    figures = "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line)
-    tqdm.write(f"step {line['step']}/{total}  {figures}")
+def progress(title: str, items, total: int):
+    """The items under a bar, in a log (of 100 or more) under two lines. Ends the run where a signal
+    has asked for it."""
+    began, log = time.perf_counter(), total >= 100 and not sys.stderr.isatty()
+    if log:
+        print(f"{title}: {total} steps", flush=True)
+    for item in tqdm(items, title, total, leave=False, disable=None):
+        if SIGNALS:
+            raise KeyboardInterrupt
+        yield item
+    if log:
+        print(f"{title}: done in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda part: part.write_text(text, "utf-8", "replace"))
-
-
-def write_csv(path: Path, header: list[str], rows) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def write_pairs(run: Path, tiles, pairs, similarity, reports: list[str]) -> None:
-    """pairs.csv: tile, split, the number of its report (from 0, in order) and their cosine."""
-    rows = []
+def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) -> None:
+    """pairs.csv: tile, split, its report's number (from 0, of the distinct ones), their cosine, and
+    the report's place in the source and first words."""
+    places, rows = list(reports.items()), []
     for split in SPLITS:
         for tile, report, cosine in zip(tiles[split].paths, pairs[split], similarity[split]):
-            rows.append((tile, split, int(report), f"{cosine:.6f}"))
-    write_csv(run / "pairs.csv", ["tile", "split", "report", "similarity"], rows)
+            text, place = places[report]
+            rows.append((tile, split, int(report), f"{cosine:.6f}", place, text[:60]))
+    write_csv(run / "pairs.csv", ["tile", "split", "report", "similarity", "place", "text"], rows)
     write_page(run, tiles["train"], pairs["train"], similarity["train"], reports)
     uses = torch.cat(list(pairs.values())).bincount()  # (M,)
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
@@ -675,19 +792,26 @@ def write_pairs(run: Path, tiles, pairs, similarity, reports: list[str]) -> None
 
 
 def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
-    """path, target, pred and class_0 ... (probabilities), the authors' column names."""
-    header = ["path", "target", "pred", *(f"class_{i}" for i in range(p.shape[1]))]
-    rows = zip(tiles.paths, tiles.labels, p.argmax(dim=1).tolist(), *p.T.tolist())
+    """path, target, pred and class_0 ... (probabilities), the authors' column names; the classes'
+    own names beside them."""
+    header = ["path", "target", "pred", "target_class", "pred_class",
+              *(f"class_{i}" for i in range(p.shape[1]))]
+    rows = []
+    for path, label, row in zip(tiles.paths, tiles.labels, p):
+        pred = int(row.argmax())
+        names = tiles.classes[label], tiles.classes[pred]
+        rows.append([path, label, pred, *names, *row.tolist()])
     write_csv(run / "predictions.csv", header, rows)
 
 
-def write_classifier(run: Path, model: ClipIT, metrics: dict, args) -> None:
+def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args) -> None:
     """classifier/ with what config.json and the model card tell of the run, without its paths."""
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
-             "licence": row.get("licence", "not known here"), "variant": variant(args),
+             "licence": row.get("licence", "not known here"), "variant": args.variant,
              "test_tiles": metrics["test_tiles"], "reports": None, "clip_model": None,
-             "metrics": {key: rows[variant(args)][key] for key in COLUMNS},
+             "mpp": args.mpp or row.get("mpp"), "side": row.get("side") or tile_side(tiles),
+             "metrics": {key: rows[args.variant][key] for key in COLUMNS},
              "unimodal": {key: rows["vision head"][key] for key in COLUMNS}}
     if not args.no_text:
         facts["reports"] = Path(args.reports).name
@@ -696,16 +820,24 @@ def write_classifier(run: Path, model: ClipIT, metrics: dict, args) -> None:
     write_file(run / "classifier", classifier.save_pretrained)
 
 
-def write_results(run: Path, metrics: dict, tiles, pairs, similarity, reports) -> None:
-    """metrics.json, report.html once more, and the table on standard output."""
-    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports, metrics)
+COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
+           "macro_auroc": "macro AUROC"}
+NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)"}
+
+
+def write_metrics(run: Path, metrics: dict) -> None:
+    """metrics.json, the last file of a run: where it is there, all others are."""
     write_text(run / "metrics.json", json.dumps(metrics, indent=1))
     print(f"\n{results(metrics)}\nthe run lies in {run}")
 
 
-COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
-           "macro_auroc": "macro AUROC"}
-NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)"}
+def finished_metrics(run: Path) -> dict | None:
+    """What the run has found, printed once more, if it had ended before."""
+    metrics = None
+    if RANK == 0 and (run / "metrics.json").exists():
+        metrics = read_json(run / "metrics.json", {"rows", "complementarity"})
+        print(f"\n{results(metrics)}\nthe run in {run} had ended; --overwrite begins it anew")
+    return from_all(metrics)[0]
 
 
 def results(metrics: dict) -> str:
@@ -716,12 +848,21 @@ def results(metrics: dict) -> str:
         figures = "".join(f"{100 * row[key]:12.2f}" for key in COLUMNS)
         lines.append((name + NOTES.get(name, " (image only)")).ljust(41) + figures)
     gained = metrics["complementarity"]
-    by_class = ", ".join(f"{name} {x['tiles']} ({x['share']:.0%})"
-                         for name, x in gained["per_class"].items())
-    return "\n".join(lines) + (
-        f"\ncomplementarity: the text head is right where the vision head is wrong on "
-        f"{gained['tiles']} tiles, {gained['share']:.1%} of all, "
-        f"{gained['share_of_vision_errors']:.1%} of the vision head's errors\n  by class: {by_class}")
+    by_class = [f"{name} {part['tiles']} ({part['share']:.0%})"
+                for name, part in gained["per_class"].items()]
+    more = ["..."] if len(by_class) > 20 else []
+    lines += [f"complementarity: the text head is right where the vision head is wrong on "
+              f"{gained['tiles']} tiles, {gained['share']:.1%} of all, "
+              f"{gained['share_of_vision_errors']:.1%} of the vision head's errors",
+              f"  by class: {', '.join(by_class[:20] + more)}"]
+    return "\n".join(lines)
+
+
+def shown(line: dict) -> str:
+    """A line of log.jsonl in short."""
+    keys = ("loss", "ce", "kd", "val_loss", "val_bacc", "text_spread")
+    figures = "  ".join(f"{key} {line[key]:.4f}" for key in keys if key in line)
+    return f"step {line['step']}  {figures}"
 
 
 # ---- report.html: one page a run, without scripts or anything from elsewhere --------------------
@@ -732,15 +873,13 @@ body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; padding: 1rem }
 body { overflow-wrap: anywhere } pre, div { overflow-x: auto }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
 .pair { display: flex; gap: 1rem; margin: .5rem 0 } img { width: 7rem; height: 7rem; flex: none }
-svg { width: 100%; max-width: 40rem; height: 14rem } .loss { stroke: #888 }
-polyline { fill: none; stroke: #08c; vector-effect: non-scaling-stroke; stroke-width: 2 }
 """
 
 
 def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None) -> None:
-    """report.html: results, confusion and losses, once there are any; training tiles beside their
-    reports, of every class from the highest cosine to the lowest; the flags."""
-    title = escape(f"CLIP-IT: {run.parent.name}/{run.name}")
+    """report.html: results, confusion and the log of training, once there are any; training tiles
+    beside their reports, of every class from the highest cosine to the lowest; the flags."""
+    title, texts = escape(f"CLIP-IT: {run.parent.name}/{run.name}"), list(reports)
     parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="
              f"'width=device-width'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     if metrics:
@@ -749,7 +888,8 @@ def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None
                   " row; predicted class: column; shade: share of the row.</p>",
                   confusion_table(metrics["rows"][last]["confusion"], metrics["classes"])]
         if metrics["best"]:
-            parts.append(loss_curves([json.loads(line) for line in open(run / "log.jsonl")]))
+            log = [shown(json.loads(line)) for line in open(run / "log.jsonl")]
+            parts.append(f"<h2>Training</h2><pre>{escape(chr(10).join(log))}</pre>")
     parts.append("<h2>Pairs</h2><p>Cosines of training tiles and their reports. No label took "
                  "part.</p>")
     labels = torch.tensor(tiles.labels)
@@ -758,9 +898,13 @@ def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None
         members = members[similarity[members].argsort(descending=True, stable=True)]
         parts.append(f"<h3>{escape(name)}</h3>")
         for i in members[torch.linspace(0, len(members) - 1, 4).long().unique()].tolist():
-            text = escape(reports[pairs[i]][:500])
-            parts.append(f"<div class=pair>{thumbnail(tiles, i)}<p><b>{similarity[i]:.3f}</b> "
-                         f"report {pairs[i]}: {text}<br>{escape(tiles.paths[i])}</p></div>")
+            image, file = tiles.with_transform(None)[i][0], io.BytesIO()
+            image.thumbnail((112, 112))
+            image.save(file, "JPEG", quality=80)
+            parts.append(f"<div class=pair><img alt='' src='data:image/jpeg;base64,"
+                         f"{b64encode(file.getvalue()).decode()}'><p><b>{similarity[i]:.3f}</b> "
+                         f"report {pairs[i]}: {escape(texts[pairs[i]][:500])}<br>"
+                         f"{escape(tiles.paths[i])}</p></div>")
     flags = escape((run / "args.json").read_text())
     write_text(run / "report.html", "\n".join([*parts, f"<h2>Flags</h2><pre>{flags}</pre>"]))
 
@@ -774,67 +918,78 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
     return f"<div><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 
-def loss_curves(log: list[dict]) -> str:
-    right, top = log[-1]["epoch"], max(max(line["loss"], line["val_loss"]) for line in log)
-    curves = []
-    for key in ("loss", "val_loss"):
-        points = [f"{100 * line['epoch'] / right:.2f},{100 - 100 * line[key] / top:.2f}"
-                  for line in log]
-        curves.append(f"<polyline class={key} points='{' '.join(points)}'/>")
-    return (f"<h2>Loss</h2><p>In training (grey) and validation (blue), from 0 to {top:.3g}, in "
-            f"{right:g} epochs.</p><svg viewBox='0 0 100 100' preserveAspectRatio=none>"
-            f"{''.join(curves)}</svg>")
+# ---- --table: finished runs, a line a variant ---------------------------------------------------
 
-
-def thumbnail(tiles: Tiles, index: int) -> str:
-    image, file = tiles.with_transform(None)[index][0], io.BytesIO()
-    image.thumbnail((112, 112))
-    image.save(file, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}'>"
-
-
-# ---- Table 1 of the paper, from finished runs ---------------------------------------------------
-
-PAPER = {  # balanced accuracy in %, unimodal -> CLIP-IT
-    "UNI": dict(pcam=(94.24, 95.49), bach=(78.89, 81.79), crc=(94.66, 95.92)),
-    "DINOL14": dict(pcam=(88.88, 92.32), bach=(84.26, 86.11), crc=(94.40, 95.91)),
-    "VITB_16": dict(pcam=(88.13, 91.42), bach=(80.78, 82.94), crc=(95.86, 95.67)),
-    "VITS_16": dict(pcam=(88.43, 90.93), bach=(82.90, 84.64), crc=(93.77, 95.34)),
-    "VITB_8": dict(pcam=(87.54, 91.92), bach=(86.90, 84.91), crc=(95.71, 95.66)),
-    "VITS_8": dict(pcam=(87.90, 90.24), bach=(81.01, 82.55), crc=(94.90, 95.55)),
+PAPER = {  # Table 1: balanced accuracy in %, unimodal -> CLIP-IT
+    "UNI": dict(pcam="94.24 → 95.49", bach="78.89 → 81.79", crc="94.66 → 95.92"),
+    "DINOL14": dict(pcam="88.88 → 92.32", bach="84.26 → 86.11", crc="94.40 → 95.91"),
+    "VITB_16": dict(pcam="88.13 → 91.42", bach="80.78 → 82.94", crc="95.86 → 95.67"),
+    "VITS_16": dict(pcam="88.43 → 90.93", bach="82.90 → 84.64", crc="93.77 → 95.34"),
+    "VITB_8": dict(pcam="87.54 → 91.92", bach="86.90 → 84.91", crc="95.71 → 95.66"),
+    "VITS_8": dict(pcam="87.90 → 90.24", bach="81.01 → 82.55", crc="94.90 → 95.55"),
 }
+ROWS = ("vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "trained",
+        "complementarity")
 
 
-def table(folder: Path) -> dict:
-    """For every data set, backbone and variant among the finished runs below `folder`: unimodal ->
-    trained as mean +- sd of balanced accuracy in % over n runs that differ in the seed alone."""
-    groups: dict[tuple, list] = {}
+def table(folder: Path, against: str) -> dict:
+    """A line for each data set, backbone and set of flags among the finished runs below `folder`:
+    balanced accuracy in %, mean ± sd over n seeds, and what it is above the runs --against and
+    those without a flag, paired by seed, with 95 % t intervals. As markdown, and in table.csv."""
+    variants: dict[tuple, dict] = {}  # (ds, model, flags) -> seed -> row -> %
     for path in sorted(folder.rglob("metrics.json")):
-        metrics = json.loads(path.read_text())
-        config = json.loads((path.parent / "args.json").read_text())["config"]
-        flags = json.dumps({key: x for key, x in config.items() if key not in ("sd", "inputs")})
-        if metrics["best"] is None:  # --ep 0: nothing was trained
-            continue
-        name = list(metrics["rows"])[-1]
-        pair = [100 * metrics["rows"][row]["balanced_accuracy"] for row in ("vision head", name)]
-        groups.setdefault((config["ds"], config["model"], name, flags), []).append(pair)
-    if not groups:
+        metrics = read_json(path, {"rows", "complementarity", "best"})
+        config = read_json(path.parent / "args.json", {"config", "inputs"})["config"]
+        figures = {row: 100 * x["balanced_accuracy"] for row, x in metrics["rows"].items()}
+        figures["complementarity"] = 100 * metrics["complementarity"]["share"]
+        if metrics["best"]:
+            figures["trained"] = figures[list(metrics["rows"])[-1]]
+        seeds = variants.setdefault((config["ds"], config["model"], (*config["flags"],)), {})
+        if config["sd"] in seeds:
+            print(f"{path.parent}: seed {config['sd']} once more; its first run counts")
+        seeds.setdefault(config["sd"], figures)
+    if not variants:
         raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give a --dir of runs")
-    rows = []
-    for (ds, model, name, flags), runs in groups.items():
-        unimodal, trained = torch.tensor(runs, dtype=torch.double).T  # (n,), (n,)
-        figures = []
-        for x in (unimodal, trained, trained - unimodal):
-            figures += [x.mean().item(), x.std().item() if len(runs) > 1 else math.nan]
-        shown = [f"{mean:.2f} ± {sd:.2f}" for mean, sd in zip(figures[::2], figures[1::2])]
-        paper = PAPER.get(model, {}).get(ds, "-") if name == "CLIP-IT" else "-"
-        print(f"{ds}  {Path(model).name}  unimodal {shown[0]} -> {name} {shown[1]}  (gain {shown[2]}, "
-              f"n = {len(runs)}, paper: {paper})")
-        rows.append([ds, model, name, flags, len(runs), *figures])
-    header = ["ds", "model", "row", "flags", "n", "unimodal_mean", "unimodal_sd", "trained_mean",
-              "trained_sd", "gain_mean", "gain_sd"]
+    lines = []
+    for (ds, model, flags), seeds in variants.items():
+        others = {key[2]: runs for key, runs in variants.items() if key[:2] == (ds, model)}
+        common = set(flags).intersection(*others)  # what all of them have tells nothing
+        short = {key: " ".join(flag for flag in key if flag not in common) for key in others}
+        line = {"data": Path(ds).name, "backbone": Path(model).name, "flags": short[flags] or "-",
+                "n": len(seeds)}
+        for row in ROWS:
+            line[row] = mean_and_sd([x[row] for x in seeds.values() if row in x])
+        for reference in (against, ""):
+            runs = [others[key] for key in others if key != flags and slug(short[key]) == reference]
+            line[f"minus {reference or 'no flag'}"] = difference(seeds, runs[0]) if runs else ""
+        papers = flags in (("--lora-text 1",), ("--authors",))  # the settings are
+        line["paper"] = PAPER.get(model, {}).get(ds, "") if papers else ""
+        lines.append(line)
+    header = list(lines[0])
+    rows = [list(line.values()) for line in lines]
+    for row in [header, ["---"] * len(header), *rows]:
+        print(f"| {' | '.join(map(str, row))} |")
     write_csv(folder / "table.csv", header, rows)
-    return {"table": [dict(zip(header, row)) for row in rows]}
+    return {"table": lines}
+
+
+def mean_and_sd(values: list[float]) -> str:
+    x = torch.tensor(values, dtype=torch.double)
+    return f"{x.mean():.1f} ± {x.std():.1f}" if len(x) > 1 else f"{x.mean():.1f}" if len(x) else ""
+
+
+def difference(runs: dict, reference: dict) -> str:
+    """Mean of `trained` minus the reference's, paired by seed, with its 95 % t interval."""
+    gains = [runs[seed]["trained"] - reference[seed]["trained"] for seed in runs.keys() &
+             reference.keys() if "trained" in runs[seed] and "trained" in reference[seed]]
+    if len(gains) < 2:
+        return ""
+    x = torch.tensor(gains, dtype=torch.double)
+    grid = torch.linspace(0, 20, 200_001, dtype=torch.double)
+    density = torch.distributions.StudentT(len(x) - 1.0).log_prob(grid).exp()
+    t = grid[torch.searchsorted(torch.cumulative_trapezoid(density, grid), 0.475)]  # two-sided 5 %
+    half = t * x.std() / math.sqrt(len(x))
+    return f"{x.mean():+.1f} [{x.mean() - half:+.1f}, {x.mean() + half:+.1f}]"
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -848,80 +1003,66 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     pass
 
 
-def number(kind, expected: str, fits):
-    """A type of argparse's: a number of that kind for which fits(number) is true."""
-    def parse(text):
-        if not fits(kind(text)):
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+HIGH = 10**9
+COUNT, WHOLE, POSITIVE, FROM_0 = (1, HIGH), (0, HIGH), (1e-9, HIGH), (0.0, HIGH)
+SHARE, BELOW_1 = (0.001, 0.999), (0.0, 0.99)
 
 
-COUNT = number(int, "1 or more", lambda x: x >= 1)
-WHOLE = number(int, "0 or more", lambda x: x >= 0)
-ABOVE_0 = number(float, "a number above 0", lambda x: 0 < x < math.inf)
-FROM_0 = number(float, "0 or a number above it", lambda x: 0 <= x < math.inf)
-SHARE = number(float, "a share between 0 and 1, such as 0.2", lambda x: 0 < x < 1)
-BELOW_1 = number(float, "0 or a share below 1, such as 0.3", lambda x: 0 <= x < 1)
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The authors' flag names, with - or _. A data set's own defaults are in its row."""
-    words = sys.argv[1:] if argv is None else map(str, argv)
-    words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--ds", default="demo")
-    defaults = DATASETS.get(first.parse_known_args(words)[0].ds, {}).get("defaults", {})
-    cuda = torch.cuda.is_available()
+def build_parser() -> tuple[Parser, dict]:
+    """The flags, and the lowest and highest number that make sense for each of them."""
     parser = Parser("train.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    limits, cuda = {}, torch.cuda.is_available()
 
-    def flag(name, default, help, kind=None, **kwargs):
+    def flag(name, default, help, within=None, **kwargs):
+        if within:
+            limits[name] = within
         if "action" not in kwargs:
-            kwargs["type"] = kind or (str if default is None else type(default))
+            kwargs.setdefault("type", type(within[0]) if within else str)
         parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
 
-    on, switch = dict(action="store_true"), dict(choices=(0, 1), nargs="?", const=1)
+    on, switch = dict(action="store_true"), dict(type=int, choices=(0, 1), nargs="?", const=1)
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/")
     flag("data-dir", "data", "where downloaded data sets lie")
     flag("download", False, "fetch the data set and the reports if they are missing", **on)
-    flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder, {', '.join(REPORTS)}")
+    flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
     flag("weights", None, "local weights of the backbone, or `none` for random ones")
+    flag("tile-size", None, "pixels that the backbone sees; unset, its own", (8, 4096))
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
     flag("clip-weights", None, "local weights of the pairing model, or `none`")
+    flag("mpp", None, "micrometres a pixel of the tiles, for whole slides", (0.01, 100.0))
     flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
     flag("output", None, "unset, the name of the data set")
     flag("run", None, "unset, the flags that differ from their defaults")
-    flag("resume", False, "go on with the run in DIR/OUTPUT/RUN", **on)
-    flag("sd", 0, "seed")
-    flag("shots", None, "labelled training tiles a class, drawn by the seed", COUNT)
-    flag("limit", None, "use this share of every split, for a quick try", SHARE)
+    flag("resume", False, "go on with the run in DIR/OUTPUT/RUN, as without it", **on)
+    flag("overwrite", False, "remove what the run has written, and begin it anew", **on)
+    flag("sd", 0, "seed", WHOLE)
+    flag("shots", None, "training tiles of each class, drawn by the seed", COUNT)
+    flag("limit", None, "use this share of each class and split, for a quick try", SHARE)
     flag("val-int", None, "share of the training tiles for validation, not the own split", SHARE)
     flag("batch", 64, "tiles a step", COUNT)
-    flag("lr", 1e-3, "of Adam", ABOVE_0)
+    flag("lr", 1e-3, "of Adam", POSITIVE)
     flag("weight-decay", 1e-4, "L2 in the gradient", FROM_0)
     flag("ep", 20, "epochs; 0: pairs and heads alone", WHOLE)
     flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", WHOLE)
     flag("clip", 0.5, "largest norm of the gradient; 0: no limit", FROM_0)
     flag("scheduler", 0, "1: cosine by step down to a tenth", **switch)
     flag("lora-r", 16, "rank", COUNT)
-    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", ABOVE_0)
+    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", POSITIVE)
     flag("lora-dropout", 0.0, "before the down projection", BELOW_1)
-    flag("lora-text", 1, "0: the text tower stays as it is, its features are looked up", **switch)
+    flag("lora-text", 0, "1: train the text tower too, as the paper does", **switch)
     flag("lora-vision", 1, "0: the backbone stays as it is", **switch)
-    flag("lora-targets", list(TARGETS), "kinds of layers that LoRA adapts", str, nargs="+",
-         choices=list(TARGETS))
+    flag("lora-targets", [*TARGETS], "layers that LoRA adapts", nargs="+", choices=[*TARGETS])
     flag("no-lin", False, "the authors' name for --lora-targets conv2d embedding", **on)
-    flag("kd-layers", 1, "layers of h_d", choices=(1, 2))
+    flag("kd-layers", 1, "layers of h_d", type=int, choices=(1, 2))
     flag("kd-weight", 1.0, "lambda", FROM_0)
     flag("no-text", False, "ablation: same layers, LoRA and steps, no distillation", **on)
     flag("drop-words", 0.0, "share of the words of each report dropped, anew each epoch", BELOW_1)
-    flag("authors", [], "the authors' way of these", str, nargs="+",
-         choices=("double-softmax", "random-fusion"))
-    flag("val-every", 1.0, "epochs between validations", ABOVE_0)
-    flag("monitor", "val_loss", "what chooses the best state",
-         choices=("val_loss", "val_ce", "val_acc", "val_bacc"))
+    flag("authors", False, "the authors' code as far as it can be had: --lora-text 1 --ep 1 "
+         "--monitor last, double softmax, random fusion; PCAM's augmentation and statistics", **on)
+    flag("val-every", 1.0, "epochs between validations", POSITIVE)
+    flag("monitor", "val_bacc", "what chooses the state that is tested; last: the last one",
+         choices=("val_loss", "val_ce", "val_acc", "val_bacc", "last"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
     flag("early", 0, "1: stop when --monitor stands still", **switch)
     flag("patience", 5, "validations that --early waits", COUNT)
@@ -929,61 +1070,114 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("chkpnt", 0, "1: keep the trained state of every validation", **switch)
     flag("log", 1, "validations for each printed line", COUNT)
     flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; the others: rows of the "
-         "CLIP image tower", str, nargs="+", choices=("lora", "zeroshot", "clip-probe"))
+         "CLIP image tower", nargs="+", choices=("lora", "zeroshot", "clip-probe"))
     flag("wandb", 0, "1: log to Weights & Biases too", **switch)
     flag("table", None, "print the finished runs below this folder, write its table.csv, and end")
+    flag("against", "no-text", "the runs that --table compares with, by their flags")
     flag("amp", "bf16" if cuda else "off", "autocast of both towers", choices=("off", "bf16"))
     flag("grad-checkpointing", False, "less memory for more time in training", **on)
-    parser.set_defaults(**defaults)
+    return parser, limits
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The authors' flag names, with - or _. A data set's own defaults are in its row."""
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
+    parser, limits = build_parser()
+    known = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
+    parser.set_defaults(**DATASETS.get(known.ds, {}).get("defaults", {}))
+    if known.authors:
+        parser.set_defaults(lora_text=1, ep=1, monitor="last")
     args = parser.parse_args(words)
-    return args if args.table else complete(args, parser, cuda)
+    for name, (low, high) in limits.items():
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not low <= value <= high:  # NaN is not, either
+            expected = f"{low:g} or more" if high == HIGH else f"{low:g} to {high:g}"
+            parser.error(f"argument --{name}: {value:g}: expected {expected}")
+    return args if args.table else complete(args, parser)
 
 
-def complete(args, parser: Parser, cuda: bool) -> argparse.Namespace:
-    """What follows from the flags: the run's name and folder, the device."""
+def complete(args, parser: Parser) -> argparse.Namespace:
+    """What follows from the flags: the run's name, its row in the table."""
     if args.reports is None:
         dataset_folder(args.ds)  # refuses what is neither a name nor a folder
         raise ValueError(f"--ds {args.ds} needs --reports")
     if WORLD > 1 and args.download:
         raise ValueError("--download is for one process; fetch the data without torchrun first")
-    differ = []  # the run's name tells the flags that differ from the data set's defaults
+    if args.ds in DATASETS and Path(args.ds).is_dir():
+        print(f"--ds {args.ds} is the data set of that name, not the folder; that is ./{args.ds}")
+    if args.wandb:
+        import wandb  # noqa: F401: where it is missing, the run ends here
+    differ = {}  # the run's name tells the flags that differ from the data set's defaults
     for key, value in vars(args).items():
         if key not in (*PLACES, "ds") and value != parser.get_default(key):
-            shown = "-".join(value) if isinstance(value, list) else Path(str(value)).name
-            differ.append(key.replace("_", "-") + ("" if value is True else f"-{shown}"))
-    args.run = args.run or slug("_".join(differ)) or "base"
+            shown = " ".join(value) if isinstance(value, list) else Path(str(value)).name
+            differ[key] = f"--{key.replace('_', '-')}" + ("" if value is True else f" {shown}")
+    args.run = args.run or slug(" ".join(differ.values())) or "base"
     args.output = args.output or slug(Path(args.ds).resolve().name)
+    args.flags = [text for key, text in differ.items() if key not in ("model", "sd")]
     if args.no_lin:
         args.lora_targets = ["conv2d", "embedding"]
     args.mod = args.mod or ("max" if args.monitor.endswith("acc") else "min")
     args.no_text = args.no_text or "lora" in args.baseline
-    args.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = torch.device(cuda if torch.cuda.is_available() else "cpu")
+    args.variant = "CLIP-IT without text" if args.no_text else "CLIP-IT"
+    if "lora" in args.baseline:
+        args.variant = "LoRA with a plain head"
     return args
 
 
-def slug(text: str) -> str:
-    """A file name made of the text."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:150]
+def slug(flags: str) -> str:
+    """A file name made of flags: lora-r-4_no-text."""
+    return re.sub(r"[^\w.-]+", "-", flags.replace(" --", "_")).strip("-.")[:150]
+
+
+SIGNALS: list[int] = []  # that have asked for an end
+
+
+def ask_to_end(number: int, frame) -> None:
+    """SIGINT and SIGTERM end the run at its next batch, a second one at once."""
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    if WORLD == 1:
+        print("train.py: ends at the next batch; once more ends it at once", file=sys.stderr)
+
+
+def leave_signals(worker: int) -> None:
+    """In a process that decodes tiles: Ctrl-C is the run's, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def cli() -> None:
     """main() for people: bad input is one or two lines on stderr and exit code 2."""
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end is like Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_end)
+    code = 2
     try:
         main()
         if WORLD > 1:
             dist.destroy_process_group()
         return
     except KeyboardInterrupt:
-        message = "stopped; the same command with --resume goes on from the last validation"
+        message = "stopped, or another process was" if WORLD > 1 else "stopped"
+        message += "; the same command goes on from the last validation"
+        code = 128 + SIGNALS[0] if SIGNALS else 130  # by the shell's rule
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if RANK and not dist.is_initialized():  # all have read the same: the first says it
-            sys.exit(0)
         message = str(error)
+        if RANK and not isinstance(error, ConnectionError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # the first process says the same, and its end ends this one
+    except RuntimeError as error:  # no memory, a worker killed by the system, or a mistake of ours
+        if sys.flags.dev_mode:
+            raise
+        message = (f"{' '.join(str(error).split())[:300]}\nthe same command goes on from the last "
+                   "validation; python -X dev train.py ... shows where it ended")
     print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Entries take turns, so that a machine that wanders slows all alike: a time is the median of its
 turns, a ratio the median of the ratios to the first entry in the same turn. GB is the peak above
 the built model, in a process of its own. Weights are random: ViT-S/16 at 224, CONCH's text tower
-with reports that fill it, LoRA r 16 on both, 16 tiles. The authors' step: open_clip's text tower,
-every tile's report encoded, each LoRA branch added as a tensor of its own.
+with reports that fill it, LoRA r 16 on both, 16 tiles. The authors' step: every tile's report
+encoded, each LoRA branch added as a tensor of its own.
 """
 import argparse
 import ctypes
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clipit import Classifier, ClipIT, clipit_loss, load_backbone
 from data import Tiles
 from lora import LoRALinear, inject_lora
-from pairing import ConchText, embed_images, load_clip, nearest_text
+from pairing import embed_images, load_clip, nearest_text
 from train import forward, train_head
 
 VIT, DIM, HALF = "vit_small_patch16_224", 512, [0.5, 0.5, 0.5]
@@ -79,22 +79,20 @@ def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
     backbone, tower, tokens = load_backbone(vit, "none"), None, None
     adapt(backbone, kind)
     if distinct:
-        tokens = torch.randint(1, 32_000, (distinct, 128), device=device)  # no pads
-        tower = ConchText(128, 32007, 768, 12, 12, DIM)
-        if kind == "authors":
-            tower = TextTransformer(127, 32007, 768, 12, 12, output_dim=DIM, embed_cls=True)
+        tokens = torch.randint(1, 32_000, (distinct, 127), device=device)  # no pads
+        tower = TextTransformer(127, 32007, 768, 12, 12, output_dim=DIM, embed_cls=True)
         adapt(tower, kind)
     model = ClipIT(backbone, tower, 9, backbone.num_features, DIM).to(device).train()
     images = torch.randn(batch, 3, 224, 224, device=device)
     text_emb, tile = torch.randn(batch, DIM, device=device), torch.arange(batch, device=device)
     labels, report = tile % 9, tile % (distinct or batch)
-    args = argparse.Namespace(device=images.device, amp=amp and "bf16", no_text=False, authors=[])
+    args = argparse.Namespace(device=images.device, amp=amp and "bf16", no_text=False, authors=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=1e-4, fused=True)
 
     def step(x=images):
         if kind == "authors":
-            logits, t_hat, t = model.forward_train(x, tokens[report, :-1])
+            logits, t_hat, t = model.forward_train(x, tokens[report])
         else:
             logits, t_hat, t = forward(model, x, report, text_emb, tokens, args)
         clipit_loss(logits, labels, t_hat, t)[0].backward()
@@ -107,7 +105,7 @@ def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
 def head_on_features(device):
     features = {"train": torch.randn(20_000, 384), "val": torch.randn(2000, 384)}
     labels = {split: torch.arange(len(x)) % 9 for split, x in features.items()}
-    return lambda: train_head(nn.Linear(384, 9), features, labels, 0, 500, patience=500)
+    return lambda: train_head("head", nn.Linear(384, 9), features, labels, 0, 500, patience=500)
 
 
 def cosines(device, tiles, nearest=True):
@@ -219,7 +217,8 @@ def show(table, device, repeat):
     names, memory, found = list(TABLES[table]), {}, {}
     if table.startswith(("train", *ALONE)):
         for name in names:
-            alone, memory[name] = apart(measure, table, device, repeat, [name], keep=name != GIVEN)
+            turns = repeat if table.startswith(ALONE) else 0
+            alone, memory[name] = apart(measure, table, device, turns, [name], keep=name != GIVEN)
             found |= alone
     if not table.startswith(ALONE):
         found, _ = apart(measure, table, device, repeat, names)

@@ -1,7 +1,7 @@
 """Make the demo's small world: tiles, reports, a CLIP model and a vision backbone, all from seeds.
 
     python tests/make_demo.py                    # writes tests/demo/, some minutes on two CPU cores
-    python tests/make_demo.py --out /some/folder
+    python tests/make_demo.py --out FOLDER --world 1   # another world: every seed moved
 
 What comes out, in the order it is made
     train/ val/ test/  KIND/NNN.jpg   H&E-like tiles, 64 px, nine tissue kinds named as in the CRC set
@@ -416,9 +416,9 @@ def turned(images, rng):
     return images.flip(3) if rng.random() < 0.5 else images
 
 
-def train_by(model, loss_of, count, batch, epochs, rate):
+def train_by(model, loss_of, count, batch, epochs, rate, seed):
     """AdamW, one-cycle rate; `loss_of(index, rng)` is the loss of a batch. -> mean loss of the last epoch"""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
     steps = epochs * (count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -434,9 +434,9 @@ def train_by(model, loss_of, count, batch, epochs, rate):
     return float(np.mean(losses[-(count // batch):]))
 
 
-def train_clip(images, reports, folder, epochs=CLIP_EPOCHS):
+def train_clip(images, reports, folder, epochs=CLIP_EPOCHS, seed=0):
     """Train a small open_clip model on tile-report pairs and write it as open_clip's local-dir format."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     folder.mkdir(parents=True)
     model = open_clip.model.CLIP(**{**CLIP_MODEL, "vision_cfg": dict(CLIP_MODEL["vision_cfg"]),
                                     "text_cfg": dict(CLIP_MODEL["text_cfg"])})
@@ -448,7 +448,7 @@ def train_clip(images, reports, folder, epochs=CLIP_EPOCHS):
         target = torch.arange(len(index))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    loss = train_by(model, loss_of, len(images), 100, epochs, 1e-3)
+    loss = train_by(model, loss_of, len(images), 100, epochs, 1e-3, seed)
     # a word that no report used was never trained: leave it without meaning instead of with random noise
     unused = torch.ones(len(model.token_embedding.weight), dtype=torch.bool)
     unused[tokens.unique()] = False
@@ -473,16 +473,16 @@ def colour_statistics(images):
     return (table - table.mean(0)) / table.std(0)
 
 
-def train_backbone(images, folder, epochs=BACKBONE_EPOCHS):
+def train_backbone(images, folder, epochs=BACKBONE_EPOCHS, seed=0):
     """Train a small timm ViT to tell a tile's colour statistics and write it in timm's local-dir format."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     folder.mkdir(parents=True)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **BACKBONE_ARGS)
     targets = colour_statistics(images)
     probe = torch.nn.Linear(model.num_features, targets.shape[1])
     both = torch.nn.Sequential(model, probe)
     loss = train_by(both, lambda index, rng: F.mse_loss(both(turned(images[index], rng)), targets[index]),
-                    len(images), 100, epochs, 1e-3)
+                    len(images), 100, epochs, 1e-3, seed)
     save_file({name: half(tensor) for name, tensor in model.state_dict().items()},
               folder / "model.safetensors")
     size = [3, TILE, TILE]
@@ -517,7 +517,9 @@ def render_array(seed):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the demo's tiles, reports and models from seeds.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo")
-    out = parser.parse_args(argv).out
+    parser.add_argument("--world", type=int, default=0, help="moves every seed; 0 is the committed one")
+    args = parser.parse_args(argv)
+    out, world, first = args.out, args.world, args.world * 100_000_000
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     start = time.time()
@@ -529,21 +531,21 @@ def main(argv=None):
     for split, count in SPLITS.items():
         for kind in KINDS:
             (fresh / split / kind).mkdir(parents=True)
-            tasks += [(fresh / split / kind / f"{index:03d}.jpg", kind, tile_seed(split, kind, index))
+            tasks += [(fresh / split / kind / f"{index:03d}.jpg", kind, first + tile_seed(split, kind, index))
                       for index in range(count)]
-    pair_seeds = range(PAIR_SEED, PAIR_SEED + PAIRS)
+    pair_seeds = range(first + PAIR_SEED, first + PAIR_SEED + PAIRS)
     with Pool() as pool:
         pool.map(save_tile, tasks, chunksize=20)
         say(f"{len(tasks)} tiles")
         tiles = np.stack(pool.map(render_array, pair_seeds, chunksize=20))                   # (N, 64, 64, 3)
     say(f"{PAIRS} pairs for pre-training")
-    reports = [write_report(REPORT_SEED + index) for index in range(REPORTS)]
+    reports = [write_report(first + REPORT_SEED + index) for index in range(REPORTS)]
     (fresh / "reports.txt").write_text("\n".join(reports) + "\n")
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
     images = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]  # (N, 3, 64, 64)
-    say(f"backbone, colour error {train_backbone(images, fresh / 'backbone'):.3f}")
+    say(f"backbone, colour error {train_backbone(images, fresh / 'backbone', seed=world):.3f}")
     pair_reports = [write_report(seed) for seed in pair_seeds]
-    say(f"CLIP, contrastive loss {train_clip(images, pair_reports, fresh / 'clip'):.3f}")
+    say(f"CLIP, contrastive loss {train_clip(images, pair_reports, fresh / 'clip', seed=world):.3f}")
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     say(f"wrote {out}")

@@ -24,9 +24,11 @@ def says(argv, capsys, monkeypatch, world):
 
 
 @pytest.mark.parametrize("flag, value, words", [
-    ("--lora-r", 0, "1 or more"), ("--batch", 0, "1 or more"), ("--lora-alpha", 0, "above 0"),
-    ("--val-int", 0, "between 0 and 1"), ("--val-int", 1, "between 0 and 1"),
-    ("--limit", 2, "between 0 and 1"), ("--drop-words", 1, "below 1"), ("--lr", "nan", "above 0"),
+    ("--lora-r", 0, "1 or more"), ("--batch", 0, "1 or more"), ("--lora-alpha", 0, "1e-09 or more"),
+    ("--val-int", 0, "0.001 to 0.999"), ("--val-int", 1, "0.001 to 0.999"),
+    ("--limit", 2, "0.001 to 0.999"), ("--drop-words", 1, "0 to 0.99"), ("--lr", "nan", "or more"),
+    ("--clip", "nan", "0 or more"), ("--kd-weight", "inf", "0 or more"), ("--sd", -1, "0 or more"),
+    ("--delta", -1, "0 or more"), ("--patience", 0, "1 or more"), ("--worker", -1, "0 or more"),
     ("--ep", -1, "0 or more"), ("--sd", "x", "invalid int value"), ("--monitor", "val", "val_loss"),
     ("--early", 2, "choose from"), ("--no-such-flag", 1, "unrecognized")])
 def test_a_flag_out_of_range(says, flag, value, words):
@@ -67,7 +69,7 @@ def test_an_unreadable_tile_is_named_before_any_training(argv, world, split, wor
     path.write_bytes(path.read_bytes()[:200])
     said = said_by_cli([*argv, "--worker", workers], monkeypatch, capsys)
     assert said.startswith(f"train.py: {path}: not a readable image (") and said.count("\n") == 1
-    assert [file.name for file in run_folder(argv).iterdir()] == ["args.json"]
+    assert [file.name for file in run_folder(argv).iterdir() if file.name != ".lock"] == ["args.json"]
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -108,6 +110,8 @@ def test_a_run_folder_that_holds_another_configuration_is_left_as_it_is(argv, ca
     said = said_by_cli([*argv, "--lr", 0.01, "--resume"], monkeypatch, capsys)
     assert "lr 0.001 there, 0.01 now" in said
     assert files() == before
+    (run_folder(argv) / "metrics.json").write_bytes(b"")
+    assert "metrics.json" in said_by_cli(argv, monkeypatch, capsys)
 
 
 def test_no_finished_runs_to_put_in_a_table(capsys, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import torch
 from PIL import Image
-from test_train import another, model_of, rows_of, run_folder
+from test_train import another, log_of, model_of, rows_of, run_folder
 
 import data
 import train
@@ -39,7 +39,8 @@ class Page(HTMLParser):
 def test_the_page_shows_the_figures_of_the_run_and_its_pairs(argv):
     metrics, run, reports = train.main(argv), run_folder(argv), data.load_reports(argv[3])
     page, pairs = Page(run), {row["tile"]: row for row in rows_of(argv, "pairs.csv")}
-    assert train.results(metrics) in page.text and page.tags.count("polyline") == 2
+    assert train.results(metrics) in page.text
+    assert all(train.shown(line) in page.text for line in log_of(argv))
     counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
     assert page.rows[0] == ["", "A", "B", "C"]
     assert counts == metrics["rows"]["CLIP-IT"]["confusion"]
@@ -56,7 +57,7 @@ def test_the_page_shows_the_figures_of_the_run_and_its_pairs(argv):
 def test_the_page_is_there_after_the_pairing_and_after_a_run_without_training(argv):
     model_of(argv)  # ends before step 4
     page, alone = Page(run_folder(argv)), another(argv, "alone", "--ep", 0)
-    assert page.tags.count("img") == 12 and not page.rows and "polyline" not in page.tags
+    assert page.tags.count("img") == 12 and not page.rows and "step 3" not in page.text
     assert train.results(train.main(alone)) in Page(run_folder(alone)).text
 
 
@@ -76,5 +77,5 @@ def test_the_page_stays_small_whatever_the_tiles_and_reports(tmp_path, monkeypat
     monkeypatch.setattr(data, "read_tile", lambda path: Image.fromarray(noise))
     tiles = data.Tiles(["folder/" * 50] * 1500, [i % 100 for i in range(1500)], ["x" * 200] * 100)
     (tmp_path / "args.json").write_text("{}")
-    train.write_page(tmp_path, tiles, [0] * 1500, torch.rand(1500), ['é"&<\n' * 20_000])
+    train.write_page(tmp_path, tiles, [0] * 1500, torch.rand(1500), {'é"&<\n' * 20_000: "a.txt"})
     assert Page(tmp_path).tags.count("img") == 40 * 4  # of the first classes

@@ -47,8 +47,9 @@ def test_two_processes_go_on_with_what_one_began_and_give_what_one_gives(argv, w
     stop = dict(wraps=train.validate, side_effect=[DEFAULT, KeyboardInterrupt])
     with patch.object(train, "validate", **stop), pytest.raises(KeyboardInterrupt):
         train.main(two)
+    (run_folder(two) / ".lock").unlink()  # this process would hold it
     shutil.rmtree(world / "runs" / "cache")  # two processes share the tiles of the pairing too
-    done = torchrun(world, [*two, "--resume"])
+    done = torchrun(world, two)
     assert done.returncode == 0, done.stderr
     assert "going on from step 2" in done.stdout
     assert done.stdout.count("image only") == 1  # the first process alone speaks
@@ -65,9 +66,9 @@ def test_two_processes_go_on_with_what_one_began_and_give_what_one_gives(argv, w
 
 def test_bad_input_is_said_once(argv, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD", 2)
-    assert said_by_cli([*argv, "--lora-r", 0], monkeypatch, capsys) == (
-        "train.py: argument --lora-r: 0: expected 1 or more; python train.py --help lists the "
-        "flags\n")
+    said = "train.py: argument --lora-r: 0: expected 1 or more; python train.py --help lists the flags\n"
+    assert said_by_cli([*argv, "--lora-r", 0], monkeypatch, capsys) == said
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: sys.exit(0))  # torchrun ends it there
     monkeypatch.setattr(train, "RANK", 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the second process closes
     with pytest.raises(SystemExit) as ended:
@@ -75,8 +76,24 @@ def test_bad_input_is_said_once(argv, monkeypatch, capsys):
     assert ended.value.code == 0 and capsys.readouterr() == ("", "")
 
 
+def test_processes_that_see_other_tiles_stop_together(argv, world):
+    more = """
+load_data = train.load_data
+def fewer(*args):
+    tiles, labels, reports = load_data(*args)
+    if train.RANK == 1:
+        tiles["train"] = tiles["train"].take(range(20))
+    return tiles, labels, reports
+train.load_data = fewer
+"""
+    done = torchrun(world, argv, more)
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode != 0 and len(said) == 1 and "(the tiles)" in said[0], done.stderr
+    assert not (run_folder(argv) / "args.json").exists()
+
+
 def test_a_process_that_dies_ends_all_with_one_message(argv, world):
     done = torchrun(world, argv, DIES)
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert done.returncode != 0 and len(said) == 1 and "--resume" in said[0], done.stderr
+    assert done.returncode != 0 and len(said) == 1 and "the same command" in said[0], done.stderr
     assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in done.stderr  # torchrun names it
