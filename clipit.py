@@ -1,18 +1,16 @@
 """CLIP-IT: a tile classifier that learned from reports and needs none. Travels with lora.py.
 
-    from clipit import Classifier
-    classifier = Classifier.from_pretrained("runs/demo/base")  # text-free, plain modules
-    probabilities = classifier.predict([image, ...])           # PIL images -> (B, C)
-
-    python clipit.py runs/demo/base tiles/ more.png --csv out.csv
-
-The symbols of the paper:
-
     v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
     logits = fusion([h_v(v), h_t(t-hat)])
     loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat))
 
 LoRA, distillation and fusion are the paper's; the layers and the loss are the authors' code's.
+
+    from clipit import Classifier
+    classifier = Classifier.from_pretrained("runs/demo/base")  # text-free, plain modules
+    probabilities = classifier.predict([image, ...])           # PIL images -> (B, C)
+
+    python clipit.py runs/demo/base tiles/ more.png --csv out.csv
 """
 import argparse
 import csv
@@ -100,7 +98,8 @@ class ClipIT(nn.Module):
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":
         """The text-free Classifier with LoRA merged; this model stays as it is."""
-        classifier = Classifier(**self.backbone.recipe, classes=classes, **self.sizes, run=run)
+        config = dict(self.backbone.recipe, **self.sizes, classes=classes, run=run)
+        classifier = Classifier(config)
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -131,22 +130,19 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     """A trained ClipIT without its text tower: plain modules, rebuilt from config.json offline.
 
     classes: C names; transform (or preprocess): PIL image -> (3, size, size); forward: images
-    (B, 3, size, size) -> logits (B, C), of which predict takes the softmax; features: images -> v,
-    t-hat; save_pretrained(folder), push_to_hub(id). run: what config.json and the card tell of the
-    training: data, licence, reports, clip_model, test_tiles, variant, metrics, unimodal, mpp
-    (micrometres per pixel), side (pixels of a tile).
+    (B, 3, size, size) -> logits (B, C), without a softmax; predict: PIL images -> probabilities;
+    features: images -> v, t-hat. config, kept in config.json: load_backbone's recipe, ClipIT's
+    sizes, classes, run. run tells the card of the training: data, licence, reports, clip_model,
+    test_tiles, variant, metrics, unimodal, mpp (micrometres per pixel), side (pixels of a tile).
     """
 
-    def __init__(self, architecture: str, model_args: dict, size: int, mean: list[float],
-                 std: list[float], backbone_id: str, licence: str, classes: list[str],
-                 vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
-                 run: dict | None = None):
-        backbone = build_backbone(architecture, model_args)
-        super().__init__(backbone, None, len(classes), vision_dim, text_dim, kd_layers, fused)
-        self.transform = self.preprocess = tile_transform(size, mean, std)
-        self.classes = list(classes)
-        self.about = dict(backbone_id=backbone_id, licence=licence, size=size, mean=mean, std=std,
-                          classes=self.classes, run=run or {})
+    def __init__(self, config: dict):
+        sizes = {key: config[key] for key in ("vision_dim", "text_dim", "kd_layers", "fused")}
+        backbone = build_backbone(config["architecture"], config["model_args"])
+        super().__init__(backbone, None, len(config["classes"]), **sizes)
+        self.config, self.classes = config, config["classes"]
+        self.transform = tile_transform(config["size"], config["mean"], config["std"])
+        self.preprocess = self.transform
         self.eval()
 
     @torch.inference_mode()
@@ -166,33 +162,32 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             if not folder.is_dir():
                 if folder.is_absolute() or len(folder.parts) > 2:
                     raise FileNotFoundError("no such folder")
-                files = ["config.json", "model.safetensors"]
-                folder = Path(snapshot_download(str(source), allow_patterns=files, **kwargs))
+                folder = Path(snapshot_download(str(source), **kwargs))
             config = json.loads((folder / "config.json").read_text())
             weights = folder / "model.safetensors"
             with torch.device("meta"):  # other sizes are refused before they take memory
-                cls(**config).load_state_dict(load_file(weights), strict=False, assign=True)
-            classifier = cls(**config)
+                cls(config).load_state_dict(load_file(weights), strict=False, assign=True)
+            classifier = cls(config)
             load_model(classifier, weights)
             return classifier.to(map_location)
         except Exception as error:  # no such file, a broken one, other weights, no such device
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{source}: no classifier could be loaded ({reason})\nexpected a folder "
-                             "of a run or with config.json and model.safetensors, or the id of such "
-                             "a hub repository") from None
+            raise ValueError(f"{source}: no classifier could be loaded ({_reason(error)})\n"
+                             "expected a run's folder, or config.json and model.safetensors in a "
+                             "folder or a hub repository") from None
 
     def save_pretrained(self, save_directory, **kwargs):
         result, folder = super().save_pretrained(save_directory, **kwargs), Path(save_directory)
-        # safetensors 0.8 writes for the owner alone; config.json follows the umask
+        # safetensors 0.8 writes for the owner alone, the others as the umask says
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         return result
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
         """The mixin calls this where it saves and uploads."""
-        about, repo = self.about, BACKBONES.get(self.about["backbone_id"], {}).get("repo")
-        data = ModelCardData(license="other", license_name=about["licence"].replace(" ", "-"),
+        licence, backbone_id = self.config["licence"], self.config["backbone_id"]
+        data = ModelCardData(license="other", license_name=licence.replace(" ", "-"),
                              pipeline_tag="image-classification", tags=["histopathology"])
-        return ModelCard.from_template(data, template_str=CARD, repo=repo, **about)
+        return ModelCard.from_template(data, template_str=CARD, **self.config,
+                                       repo=BACKBONES.get(backbone_id, {}).get("repo"))
 
 
 CARD = """---
@@ -293,7 +288,8 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
             load_weights(backbone, architecture, args, weights)
         data = timm.data.resolve_model_data_config(backbone)
         recipe = dict(architecture=architecture, model_args=args, mean=list(data["mean"]),
-                      size=size or data["input_size"][-1], std=list(data["std"]))
+                      std=list(data["std"]), size=size or data["input_size"][-1],
+                      backbone_id=name, licence="see the backbone")
         with torch.no_grad():
             v = backbone(torch.zeros(1, 3, recipe["size"], recipe["size"]))
         if v.ndim != 2:
@@ -301,25 +297,21 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
     except Exception as error:  # timm and the hub raise of all kinds
         given = f"--model {name}" + (f" --weights {weights}" if weights else "")
         given += f" --tile-size {size}" if size else ""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"{given}: could not be loaded ({reason})\nchoose {', '.join(BACKBONES)}, a timm id, "
-            "hf-hub:org/model or local-dir:folder with timm's config.json, or give --weights FILE; "
-            "for a gated one ask on its page, as https://huggingface.co/MahmoodLab/UNI, then "
-            "`hf auth login`") from None
-    backbone.num_features = v.shape[1]  # timm's own is that of the last stage, not always of v
+            f"{given}: could not be loaded ({_reason(error)})\nchoose {', '.join(BACKBONES)}, a "
+            "timm id, hf-hub:org/model or local-dir:folder with timm's config.json, or give "
+            "--weights FILE; for a gated one ask on its page, such as "
+            "https://huggingface.co/MahmoodLab/UNI, then `hf auth login`") from None
+    if row or not weights:  # a local file under another name can be anyone's
+        recipe["licence"] = backbone.pretrained_cfg.get("license") or "see the backbone"
+    if source == "local-dir":  # nobody's folders are published
+        recipe["backbone_id"] = f"local-dir:{Path(place).name}"
     grid = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if grid:  # of the positions; the architecture's own may differ
         args["img_size"] = grid[0]
-    recipe |= dict(licence="see the backbone", backbone_id=name)
-    if row or not weights:  # a local file under another name can be anyone's
-        recipe["licence"] = backbone.pretrained_cfg.get("license") or "see the backbone"
-    if weights == "none":
-        recipe["licence"] = "random weights"
-    if source == "local-dir":  # nobody's folders are published
-        recipe["backbone_id"] = f"local-dir:{Path(place).name}"
-    backbone.recipe = recipe
+    backbone.num_features = v.shape[1]  # timm's own is that of the last stage, not always of v
     backbone.preprocess = tile_transform(recipe["size"], recipe["mean"], recipe["std"])
+    backbone.recipe = recipe
     return backbone
 
 
@@ -382,12 +374,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
 # ---- Command line: class probabilities of image files -------------------------------------------
 
 def main(argv=None) -> int:
     """Exit code 0, or 1 where an image was unreadable. A run that is stopped writes nothing."""
-    parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS,  # one line an error
-                                     description="Class probabilities of tiles.")
+    parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS)  # one line an error
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
     parser.add_argument("images", nargs="*", help="image files and folders (with all below them)")
     parser.add_argument("--csv", help="the file to write; unset, standard output")
@@ -397,61 +392,61 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.images and not args.wsinfer:
         parser.error("images: expected files or folders")
-    target = Path(args.csv or "")
-    if args.csv and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"--csv {target}: expected a file in a folder that exists")
+    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
+        raise ValueError(f"--csv {args.csv}: expected a file in a folder that exists")
 
     classifier = Classifier.from_pretrained(args.model, map_location=args.device)
     if args.wsinfer:
         write_wsinfer(classifier, Path(args.wsinfer))
     if not args.images:
         return 0
-    paths, rows, unreadable = {}, [["path", "pred", *classifier.classes]], False
+    paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], False
     for path in map(Path, args.images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not inside and not path.is_file():
             raise FileNotFoundError(f"{path}: no image there ({' '.join(IMG_EXTENSIONS)})")
-        paths |= dict.fromkeys(inside or [path])  # each once
-    for batch in tqdm(DataLoader(list(paths), args.batch, collate_fn=list), disable=None):
-        images = {}
+        paths += inside or [path]
+    for batch in tqdm(DataLoader(paths, args.batch, collate_fn=list), disable=None):
+        readable, images = [], []
         for path in batch:
             try:
-                images[path] = to_rgb(Image.open(path))
+                images.append(to_rgb(Image.open(path)))
+                readable.append(path)
             except Exception as error:  # PIL raises of all kinds, each format its own
                 unreadable = True
                 print(f"clipit.py: {path}: not a readable image ({error})", file=sys.stderr)
-        probabilities = classifier.predict(images.values()).tolist() if images else []
-        for path, p in zip(images, probabilities):
+        probabilities = classifier.predict(images).tolist() if images else []
+        for path, p in zip(readable, probabilities):
             rows.append([path, classifier.classes[p.index(max(p))], *(f"{x:.6f}" for x in p)])
     if not args.csv:
         csv.writer(sys.stdout).writerows(rows)
         return int(unreadable)
-    with TemporaryDirectory(dir=target.parent) as folder:  # the file appears whole or not at all
-        with open(f"{folder}/table", "w", newline="") as file:
+    with TemporaryDirectory(dir=Path(args.csv).parent) as folder:  # whole or not at all
+        with open(Path(folder, "table"), "w", newline="") as file:
             csv.writer(file).writerows(rows)
-        os.replace(file.name, target)
+        os.replace(file.name, args.csv)
     return int(unreadable)
 
 
 def write_wsinfer(classifier: Classifier, folder: Path) -> None:
     """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer 1.0 reads them."""
-    about, run = classifier.about, classifier.about["run"]
-    for key, need in (("mpp", "micrometres per pixel: train with --mpp"),
-                      ("side", "pixels of a tile: train on tiles of one size")):
-        if not run.get(key):
-            raise ValueError(f"--wsinfer: the classifier does not know its {need}")
-    statistics = {"mean": about["mean"], "std": about["std"]}
-    transform = [{"name": "ToTensor"}, {"name": "Normalize", "arguments": statistics}]
-    if run["side"] != about["size"]:
-        transform.insert(0, {"name": "Resize", "arguments": {"size": about["size"]}})
-    config = {"spec_version": "1.0", "architecture": about["backbone_id"],
-              "num_classes": len(classifier.classes), "class_names": classifier.classes,
-              "patch_size_pixels": run["side"], "spacing_um_px": run["mpp"], "transform": transform}
-    images = torch.zeros(1, 3, about["size"], about["size"])
+    config, run = classifier.config, classifier.config["run"] or {}
+    if not run.get("mpp") or not run.get("side"):
+        raise ValueError("--wsinfer: the classifier does not know the micrometres per pixel or the "
+                         "side of a tile; train with --mpp on tiles of one size")
+    transform = [{"name": "Resize", "arguments": {"size": config["size"]}}, {"name": "ToTensor"},
+                 {"name": "Normalize", "arguments": {"mean": config["mean"], "std": config["std"]}}]
+    if run["side"] == config["size"]:
+        del transform[0]
+    wsinfer = {"spec_version": "1.0", "architecture": config["backbone_id"],
+               "num_classes": len(classifier.classes), "class_names": classifier.classes,
+               "patch_size_pixels": run["side"], "spacing_um_px": run["mpp"],
+               "transform": transform}
+    images = torch.zeros(1, 3, config["size"], config["size"])
     traced = torch.jit.freeze(torch.jit.trace(classifier.cpu(), images))
     folder.mkdir(parents=True)
     traced.save(folder / "torchscript_model.pt")
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(wsinfer, indent=2))
 
 
 if __name__ == "__main__":

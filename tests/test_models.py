@@ -62,7 +62,7 @@ def test_backbone_sizes_and_what_lora_and_the_classifier_add(name, hub):
         backbone = load_backbone(name, "none")
         assert backbone(torch.empty(2, 3, 224, 224)).shape == (2, d) == (2, backbone.num_features)
         shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-        rebuilt = Classifier(**backbone.recipe, classes=list("abcdefghi"), vision_dim=d, text_dim=t)
+        rebuilt = ClipIT(backbone, None, c, d, t).to_classifier(list("abcdefghi"))
         adapted = inject_lora(backbone, rank=16)
     assert sum(shape.numel() for shape in shapes.values()) == bare and len(shapes) == keys
     assert shapes == {key: value.shape for key, value in rebuilt.backbone.state_dict().items()}
@@ -231,7 +231,7 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, hub):
     assert {(repo, revision) for repo, _, revision in hub.asked} == {("org/model", "v1")}
     for weights, licence in ((None, "apache-2.0"),  # timm's word on its weights
                              (tmp_path / "pytorch_model.bin", "see the backbone"),
-                             ("none", "random weights")):
+                             ("none", "see the backbone")):
         assert load_backbone("test_vit", weights).recipe["licence"] == licence
 
 

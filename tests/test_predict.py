@@ -117,7 +117,7 @@ def test_a_folder_without_a_whole_classifier_is_refused_in_words(call, tmp_path,
     assert code == 2 and out == "" and not (tmp_path / "out.csv").exists()
     first, second = said.splitlines()[-2:]
     assert first.startswith("clipit.py: run: no classifier could be loaded")
-    assert second.startswith("expected a folder of a run or with config.json and model.safetensors")
+    assert second.startswith("expected a run's folder, or config.json and model.safetensors")
 
 
 @pytest.mark.parametrize("change, says", [
@@ -130,7 +130,7 @@ def test_a_folder_without_a_whole_classifier_is_refused_in_words(call, tmp_path,
     (dict(text_dim=10 ** 9), "size mismatch for distill_head.weight"),
     (dict(mean=[0.5]), "mean .0.5.*; expected three numbers each"),
     (dict(std="abc"), "mean .*, std abc; expected three numbers each"),
-    (dict(mean=None, size=None), "missing 2 required .*'size' and 'mean'")])
+    (dict(size=None), "KeyError: 'size'")])
 def test_a_config_that_is_not_a_classifiers_is_refused_in_words(model, tmp_path, change, says):
     file = tmp_path / "run" / "classifier" / "config.json"
     config = json.loads(file.read_text()) | change
@@ -147,8 +147,8 @@ def test_what_is_not_there_is_named(call, tmp_path, monkeypatch):
     for words, says in ((["run", "empty"], "empty: no image there (.jpg"),
                         (["run", "tiles", "nowhere.png"], "nowhere.png: no image there"),
                         (["run", "tiles", "--device", "abacus"], "device type at start of device"),
-                        (["/nowhere", "tiles"], "/nowhere: no classifier could be loaded (no such folder)"),
-                        (["org/model", "tiles"], "loaded (the hub cannot be reached)"),
+                        (["/nowhere", "tiles"], "/nowhere: no classifier could be loaded (FileNotFoundError: no such folder)"),
+                        (["org/model", "tiles"], "Error: the hub cannot be reached)"),
                         (["run", "tiles", "--csv", "empty"], "--csv empty: expected a file"),
                         (["run", "tiles", "--csv", "no/x.csv"], "--csv no/x.csv: expected a file"),
                         (["run", "tiles", "--batch", "0"], "batch_size should be a positive"),
@@ -180,10 +180,10 @@ def test_all_files_follow_the_umask(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*jit", "ignore:Converting a tensor")
 def test_a_classifier_goes_to_wsinfer(model, call, tmp_path):
-    for known, says in (({"side": 100}, "with --mpp"), ({"mpp": 0.5}, "on tiles of one")):
+    for known in ({"side": 100}, {"mpp": 0.5}):
         model.to_classifier(["a", "b"], known).save_pretrained(tmp_path / "half")
         code, _, said = call("half", "--wsinfer", "out")
-        assert code == 2 and f"train {says}" in said and not (tmp_path / "out").exists()
+        assert code == 2 and "train with --mpp on tiles of one size" in said and not (tmp_path / "out").exists()
     for side in (64, 100):
         classifier = model.to_classifier(["a", "b"], {"mpp": 0.5, "side": side})
         classifier.save_pretrained(tmp_path / "whole")
@@ -195,7 +195,7 @@ def test_a_classifier_goes_to_wsinfer(model, call, tmp_path):
         *resize, to_tensor, normalize = config.pop("transform")
         assert resize == [{"name": "Resize", "arguments": {"size": 64}}] * (side == 100)
         assert to_tensor == {"name": "ToTensor"} and normalize["name"] == "Normalize"
-        assert normalize["arguments"] == {key: classifier.about[key] for key in ("mean", "std")}
+        assert normalize["arguments"] == {key: classifier.config[key] for key in ("mean", "std")}
         assert config == {"spec_version": "1.0", "architecture": "local-dir:backbone",
                           "num_classes": 2, "patch_size_pixels": side, "spacing_um_px": 0.5,
                           "class_names": ["a", "b"]}
