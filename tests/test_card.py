@@ -1,5 +1,6 @@
 """What a saved classifier says of itself: its config.json and its model card."""
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,8 @@ def test_a_run_without_text_names_no_reports(argv):
 
 @pytest.mark.parametrize("name, licence", [
     ("UNI", "cc-by-nc-nd-4.0"), ("DINOL14", "kaiko-non-commercial"), ("Virchow", "apache-2.0"),
-    ("prov-gigapath", "apache-2.0 with conditions"), ("mine", '"open": for #research'), ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
+    ("prov-gigapath", "apache-2.0 with conditions"), ("mine", '"open": for #research'),
+    ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
 def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence):
     """A licence of any characters leaves the header readable, as the hub reads it."""
     card = str(make_classifier(backbone_id=name, licence=licence).generate_model_card())
@@ -68,9 +70,11 @@ def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence)
         assert f"`{name}` (https://huggingface.co/{BACKBONES[name]['repo']})" in card
 
 
-def test_the_cards_example_runs_in_the_saved_folder(tmp_path, monkeypatch):
-    classifier = make_classifier(run={"mpp": 0.5, "side": 96})
+def test_the_cards_example_runs_in_the_saved_folder_that_follows_the_umask(tmp_path, monkeypatch):
+    classifier, before = make_classifier(run={"mpp": 0.5, "side": 96}), os.umask(0o027)
     classifier.save_pretrained(tmp_path)
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 96), "pink").save("tile.png")
     card, names = (tmp_path / "README.md").read_text(), {}

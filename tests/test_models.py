@@ -85,38 +85,57 @@ def test_every_backbone_of_one_block_is_adapted_saved_and_exported(name, monkeyp
     monkeypatch.setitem(BACKBONES, name, row | {"args": row["args"] | small})
     torch.manual_seed(0)
     backbone, images = load_backbone(name, "none", 112), torch.randn(2, 3, 112, 112)
-    d, tokens = backbone.num_features, backbone.forward_features(images)
+    tokens = backbone.forward_features(images)
     v = tokens[:, 0]
     if "Virchow" in name:  # its class token, and the mean of the patches without the registers
-        registers = 4 if name == "Virchow2" else 0
-        v = torch.cat([v, tokens[:, 1 + registers:].mean(dim=1)], dim=1)
-        assert tokens.shape[1] == 1 + registers + 8 * 8
-    assert v.shape[1] == d == (64 if "Virchow" in name else 32)
+        v = torch.cat([v, tokens[:, -8 * 8:].mean(dim=1)], dim=1)
+        assert tokens.shape[1] == 8 * 8 + (1 if name == "Virchow" else 5)
     torch.testing.assert_close(backbone(images), v)
     linear = {key for key, module in backbone.named_modules() if type(module) is torch.nn.Linear}
-    model = ClipIT(backbone, None, 2, d, 8).eval()
+    model = ClipIT(backbone, None, 2, backbone.num_features, 8).eval()
     assert linear < set(inject_lora(model.backbone, 2)) and len(linear) == 4
     for key, p in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(p, std=0.1)
     model.to_classifier(["a", "b"]).save_pretrained(tmp_path)
     again = Classifier.from_pretrained(tmp_path)
-    exported = torch.export.export(again, (images,)).module()
-    for classifier in (again, exported):
+    for classifier in (again, torch.export.export(again, (images,)).module()):
         torch.testing.assert_close(classifier(images), model(images), rtol=0, atol=1e-5)
 
 
-def test_a_tile_size_is_taken_where_the_positions_can_follow_it(vits16, tmp_path):
+def write_backbone(folder, **config):
+    """A folder of timm's with a test_vit for 80 pixels, which is not the architecture's size."""
+    torch.save(timm.create_model("test_vit", img_size=80, num_classes=0).state_dict(),
+               folder / "pytorch_model.bin")
+    cfg = {"input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": True}
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": cfg} | config))
+    return f"local-dir:{folder}"
+
+
+def test_a_tile_size_is_taken_where_positions_follow_it_and_the_classifier_has_it(vits16, tmp_path):
     torch.save(vits16, tmp_path / "weights.pth")
-    for name in ("test_vit", "VITS_16"):
-        backbone = load_backbone(name, tmp_path / "weights.pth", 96)
-        assert backbone.recipe["size"] == 96 and backbone.pos_embed.shape[1] == 1 + 6 * 6
-        assert backbone.preprocess(Image.new("RGB", (200, 100))).shape == (3, 96, 96)
+    own = write_backbone(tmp_path, architecture="test_vit")
+    for name, weights, size in (("test_vit", tmp_path / "weights.pth", 96), (own, None, 96),
+                                ("VITS_16", tmp_path / "weights.pth", 96), (own, None, None)):
+        backbone, pixels = load_backbone(name, weights, size), size or 80
+        assert backbone.recipe["size"] == pixels
+        assert backbone.pos_embed.shape[1] == 1 + (pixels // 16) ** 2
+        image = backbone.preprocess(Image.new("RGB", (200, 100)))[None]
         classifier = ClipIT(backbone, None, 2, 64, 8).to_classifier(["a", "b"])
-        images = torch.randn(1, 3, 96, 96)
-        assert torch.equal(classifier.backbone(images), backbone(images))
+        assert torch.equal(classifier.backbone(image), backbone(image))
     with pytest.raises(ValueError, match="^--model resnet10t --weights none --tile-size 96: could"):
         load_backbone("resnet10t", "none", 96)
+
+
+def test_what_is_no_backbone_is_refused_in_words(tmp_path):
+    for config, says in (
+            (dict(architecture="hf-hub:org/model"), "expected a name of timm's"),
+            (dict(architecture="test_vit", model_args={"global_pool": ""}),
+             r"features are \(1, 26, 64\); expected \(B, D\)"),
+            (dict(architecture="test_vit", model_args={"init_values": 1}), "Missing.*ls1.gamma"),
+            (dict(model_type="vit"), "KeyError: 'architecture'")):
+        with pytest.raises(ValueError, match=f"could not be loaded .*{says}"):
+            load_backbone(write_backbone(tmp_path, **config))
 
 
 @torch.no_grad()
@@ -233,37 +252,6 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, hub):
                              (tmp_path / "pytorch_model.bin", "see the backbone"),
                              ("none", "see the backbone")):
         assert load_backbone("test_vit", weights).recipe["licence"] == licence
-
-
-def write_backbone(folder, **config):
-    torch.save(timm.create_model("test_vit", img_size=80, num_classes=0).state_dict(),
-               folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config))
-    return f"local-dir:{folder}"
-
-
-def test_a_model_of_a_grid_of_its_own_is_rebuilt_as_a_classifier(tmp_path):
-    for fixed in (True, False):
-        name = write_backbone(tmp_path, architecture="test_vit", num_classes=0, pretrained_cfg={
-            "input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": fixed},
-            model_args={} if fixed else {"img_size": 80})
-        backbone = load_backbone(name)
-        classifier = ClipIT(backbone, None, 2, 64, 8).to_classifier(["a", "b"])
-        assert torch.equal(classifier.backbone.pos_embed, backbone.pos_embed)
-        assert backbone.recipe["size"] == 80 and backbone.pos_embed.shape[1] == 1 + 5 * 5
-
-
-def test_what_is_no_backbone_is_refused_in_words(tmp_path):
-    cfg = {"input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": True}
-    for config, says in (
-            (dict(model_type="vit"), "KeyError: 'architecture'"),
-            (dict(architecture="hf-hub:org/other", pretrained_cfg=cfg), "expected a name of timm's"),
-            (dict(architecture="test_vit", pretrained_cfg=cfg, model_args={"global_pool": ""}),
-             r"features are \(1, 26, 64\); expected \(B, D\)"),
-            (dict(architecture="test_vit", pretrained_cfg=cfg, model_args={"init_values": 1}),
-             "Missing key.*ls1.gamma")):
-        with pytest.raises(ValueError, match=f"could not be loaded .*{says}"):
-            load_backbone(write_backbone(tmp_path, **config))
 
 
 # ---- CLIP models --------------------------------------------------------------------------------
