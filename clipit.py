@@ -1,16 +1,18 @@
 """CLIP-IT: a tile classifier that learned from reports and needs none. Travels with lora.py.
 
-    v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
-    logits = fusion([h_v(v), h_t(t-hat)])
-    loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat))
-
-LoRA, distillation and fusion are the paper's; the layers and the loss are the authors' code's.
-
     from clipit import Classifier
     classifier = Classifier.from_pretrained("runs/demo/base")  # text-free, plain modules
     probabilities = classifier.predict([image, ...])           # PIL images -> (B, C)
 
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv
+
+The symbols of the paper:
+
+    v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
+    logits = fusion([h_v(v), h_t(t-hat)])
+    loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat))
+
+LoRA, distillation and fusion are the paper's; the layers and the loss are the authors' code's.
 """
 import argparse
 import csv
@@ -141,8 +143,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         backbone = build_backbone(config["architecture"], config["model_args"])
         super().__init__(backbone, None, len(config["classes"]), **sizes)
         self.config, self.classes = config, config["classes"]
-        self.transform = tile_transform(config["size"], config["mean"], config["std"])
-        self.preprocess = self.transform
+        self.transform = self.preprocess = tile_transform(
+            config["size"], config["mean"], config["std"])
         self.eval()
 
     @torch.inference_mode()
@@ -162,7 +164,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             if not folder.is_dir():
                 if folder.is_absolute() or len(folder.parts) > 2:
                     raise FileNotFoundError("no such folder")
-                folder = Path(snapshot_download(str(source), **kwargs))
+                names = ["config.json", "model.safetensors"]
+                folder = Path(snapshot_download(str(source), allow_patterns=names, **kwargs))
             config = json.loads((folder / "config.json").read_text())
             weights = folder / "model.safetensors"
             with torch.device("meta"):  # other sizes are refused before they take memory
@@ -254,6 +257,7 @@ BACKBONES = {  # the paper's six by the authors' names, then newer ones
     "Virchow2": _row("paige-ai/Virchow2", CC, True, IMAGENET, GIANT, **VIRCHOW),
     "H-optimus-0": _row("bioptimus/H-optimus-0", "apache-2.0", False, OPTIMUS, GIANT, img_size=224),
     "H-optimus-1": _row("bioptimus/H-optimus-1", CC, True, OPTIMUS, GIANT, img_size=224),
+    # of H0-mini the class token, as TRIDENT takes it
     "H0-mini": _row("bioptimus/H0-mini", CC, True, OPTIMUS, GIANT, img_size=224, embed_dim=768,
                     depth=12, num_heads=12, mlp_ratio=5.33334),
     "prov-gigapath": _row("prov-gigapath/prov-gigapath", "apache-2.0 with conditions", True,
@@ -317,7 +321,7 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
 
 def build_backbone(architecture: str, args: dict, pretrained=False, config=None) -> nn.Module:
     """The timm model in eval mode; nothing in args fetches or runs anything."""
-    if not timm.is_model(architecture) or ":" in architecture:
+    if not timm.is_model(architecture):  # "hf-hub:...", a path
         raise ValueError(f"architecture {architecture}: expected a name of timm's")
     for key, value in args.items():
         if isinstance(value, int) and value > 10_000:
@@ -397,7 +401,8 @@ def main(argv=None) -> int:
 
     classifier = Classifier.from_pretrained(args.model, map_location=args.device)
     if args.wsinfer:
-        write_wsinfer(classifier, Path(args.wsinfer))
+        write_wsinfer(classifier.cpu(), Path(args.wsinfer))
+        classifier.to(args.device)
     if not args.images:
         return 0
     paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], False
@@ -429,7 +434,7 @@ def main(argv=None) -> int:
 
 
 def write_wsinfer(classifier: Classifier, folder: Path) -> None:
-    """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer 1.0 reads them."""
+    """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer reads them."""
     config, run = classifier.config, classifier.config["run"] or {}
     if not run.get("mpp") or not run.get("side"):
         raise ValueError("--wsinfer: the classifier does not know the micrometres per pixel or the "
@@ -443,7 +448,7 @@ def write_wsinfer(classifier: Classifier, folder: Path) -> None:
                "patch_size_pixels": run["side"], "spacing_um_px": run["mpp"],
                "transform": transform}
     images = torch.zeros(1, 3, config["size"], config["size"])
-    traced = torch.jit.freeze(torch.jit.trace(classifier.cpu(), images))
+    traced = torch.jit.freeze(torch.jit.trace(classifier, images))
     folder.mkdir(parents=True)
     traced.save(folder / "torchscript_model.pt")
     (folder / "config.json").write_text(json.dumps(wsinfer, indent=2))

@@ -85,14 +85,24 @@ def test_the_cards_example_runs_in_the_saved_folder_that_follows_the_umask(tmp_p
     assert torch.equal(names["p"], classifier.predict([Image.open("tile.png")]))
 
 
-def test_push_to_hub_uploads_config_weights_and_card(monkeypatch):
+def test_push_to_hub_uploads_three_files_and_two_come_back(monkeypatch, tmp_path):
     classifier, uploaded = make_classifier(), {}
 
     def upload_folder(self, folder_path, repo_id, **kwargs):
         uploaded[repo_id] = files_of(folder_path)
+
+    def snapshot_download(repo_id, allow_patterns, revision):
+        assert revision == "v1"
+        for name in allow_patterns:
+            (tmp_path / name).write_bytes(uploaded[repo_id][name])
+        return str(tmp_path)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, **kwargs: SimpleNamespace(**kwargs))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr("clipit.snapshot_download", snapshot_download)
     classifier.push_to_hub("org/model")
     assert sorted(uploaded["org/model"]) == ["README.md", "config.json", "model.safetensors"]
     card = uploaded["org/model"]["README.md"].decode()
     assert card == str(classifier.generate_model_card())
+    images = torch.randn(2, 3, 64, 64)
+    again = Classifier.from_pretrained("org/model", revision="v1")
+    assert torch.equal(again(images), classifier(images))
