@@ -484,7 +484,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 @contextmanager
-def talk():
+def exchange():
     """Where processes exchange something: the end of another one is said in words."""
     try:
         yield
@@ -497,7 +497,7 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if WORLD > 1:
         whole = nn.utils.parameters_to_vector(tensors).detach()
-        with talk():
+        with exchange():
             dist.all_reduce(whole)
         nn.utils.vector_to_parameters(whole, tensors)
 
@@ -516,7 +516,7 @@ def from_all(fact) -> list:
     """What each process has for `fact`, the first process's first."""
     facts = [fact] * WORLD
     if WORLD > 1:
-        with talk():
+        with exchange():
             dist.all_gather_object(facts, fact)
     return facts
 
@@ -526,6 +526,7 @@ def from_all(fact) -> list:
 # Flags that say where and how a run is made, not what it is: they may change when it goes on
 PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "overwrite",
           "log", "table", "against", "wandb", "grad_checkpointing")
+# What a run writes, and --overwrite removes
 RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html",
            "args.json", "classifier", ".tmp*")
 
@@ -547,8 +548,9 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
         return run
     run.mkdir(parents=True, exist_ok=True)
     args.lock = lock(run)
-    if args.overwrite:
-        start_again(run)
+    for name in RESULTS if args.overwrite else (".tmp*",):  # the latter of a run that was killed
+        for path in run.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
     versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
     facts = {"config": config, "inputs": args.inputs, "versions": versions}
@@ -583,13 +585,6 @@ def lock(folder: Path):
         raise ValueError(f"{folder}: another process is at this run; wait for it, or give another "
                          "--run") from None
     return file
-
-
-def start_again(run: Path) -> None:
-    """--overwrite: remove what a run writes and nothing else."""
-    for name in RESULTS:
-        for path in run.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sha256(*parts) -> str:
@@ -759,7 +754,8 @@ def open_tracker(run: Path, args):
     if not args.wandb or RANK:
         return None
     import wandb
-    return wandb.init(project="clip-it", name=run.name, dir=run, config=vars(args))
+    config = read_json(run / "args.json", {"config"})["config"]
+    return wandb.init(project="clip-it", name=run.name, dir=run, config=config)
 
 
 def progress(title: str, items, total: int):
@@ -768,10 +764,13 @@ def progress(title: str, items, total: int):
     began, log = time.perf_counter(), total >= 100 and not sys.stderr.isatty()
     if log:
         print(f"{title}: {total} steps", flush=True)
-    for item in tqdm(items, title, total, leave=False, disable=None):
-        if SIGNALS:
-            raise KeyboardInterrupt
-        yield item
+    try:
+        for item in tqdm(items, title, total, leave=False, disable=None):
+            if SIGNALS:
+                raise KeyboardInterrupt
+            yield item
+    except GeneratorExit:  # the reader has seen enough
+        pass
     if log:
         print(f"{title}: done in {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -879,6 +878,8 @@ td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
 def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None) -> None:
     """report.html: results, confusion and the log of training, once there are any; training tiles
     beside their reports, of every class from the highest cosine to the lowest; the flags."""
+    if RANK:
+        return
     title, texts = escape(f"CLIP-IT: {run.parent.name}/{run.name}"), list(reports)
     parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="
              f"'width=device-width'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]

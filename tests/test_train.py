@@ -128,6 +128,10 @@ def test_pairs_csv_names_the_nearest_report_of_every_tile(argv):
         assert [int(row["report"]) for row in mine] == index.tolist()
         cosines = [float(row["similarity"]) for row in mine]
         assert cosines == pytest.approx(similarity.tolist(), abs=1e-5)
+    lines = (argv[3]).read_text().splitlines()
+    for row in rows:  # the place and the first words are the report's own
+        name, _, number = row["place"].split()
+        assert name == "reports.txt" and lines[int(number) - 1].startswith(row["text"])
 
 
 def test_the_same_seed_gives_the_same_metrics_with_workers_or_without(argv, world):
@@ -418,14 +422,15 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, world
         assert not (run_folder(run) / "metrics.json").exists()
         train.main(run)
         assert bytes_of(run) == bytes_of(argv), place
+        assert not list(run_folder(run).glob(".tmp*")), place
         assert [line["step"] for line in log_of(run)] == [2, 4, 6], place
 
 
 def test_the_modules_import_only_what_the_design_allows():
     never = {"lora": "data pairing clipit train timm open_clip torchvision",
              "pairing": "data lora clipit train timm open_clip torchvision",
-             "clipit": "data pairing train open_clip",
-             "data": "pairing lora clipit train timm open_clip"}
+             "data": "pairing lora clipit train timm open_clip",
+             "clipit": "data pairing train open_clip"}
     code = f"""import sys
 for name, others in {never}.items():
     __import__(name)
