@@ -1,5 +1,6 @@
 """A small world that the tests share: tiles of three kinds, reports, and the demo's two models."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def short_heads(monkeypatch):
     """Whole runs are fast: the heads take up to 60 steps here, where a real run takes 12,500."""
     import train
     monkeypatch.setattr(train.train_head, "__defaults__", (60, 20))
+
+
+@pytest.fixture(autouse=True)
+def signals_of_its_own():
+    """A command line sets handlers; the next test begins with Python's."""
+    import train
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    train.SIGNALS.clear()
 
 
 @pytest.fixture
