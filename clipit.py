@@ -449,9 +449,15 @@ def write_wsinfer(classifier: Classifier, folder: Path) -> None:
                "transform": transform}
     images = torch.zeros(1, 3, config["size"], config["size"])
     traced = torch.jit.freeze(torch.jit.trace(classifier, images))
-    folder.mkdir(parents=True)
-    traced.save(folder / "torchscript_model.pt")
-    (folder / "config.json").write_text(json.dumps(wsinfer, indent=2))
+    if folder.exists():
+        raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as temporary:  # whole or not at all
+        part = Path(temporary, folder.name)
+        part.mkdir()
+        traced.save(part / "torchscript_model.pt")
+        (part / "config.json").write_text(json.dumps(wsinfer, indent=2))
+        os.replace(part, folder)
 
 
 if __name__ == "__main__":

@@ -187,4 +187,4 @@ def test_a_classifier_goes_to_wsinfer(model, call, tmp_path):
             "patch_size_pixels": side, "spacing_um_px": 0.5, "class_names": ["a", "b"],
             "transform": transform[side == 64:]}
     code, _, said = call("c", "--wsinfer", "out64")
-    assert code == 2 and "File exists: 'out64'" in said
+    assert code == 2 and "out64: exists" in said

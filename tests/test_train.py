@@ -251,7 +251,7 @@ def test_the_best_state_by_the_monitor_is_what_is_tested(argv, monitor, values, 
 
 def test_early_stopping_waits_for_patience(argv, monkeypatch):
     monitored("val_loss", [3.0, 1.0, 2.0, 0.95, 4.0], monkeypatch)
-    metrics = train.main(argv + ["--ep", 9, "--early", "--patience", 2, "--delta", 0.1])
+    metrics = train.main(argv + ["--ep", 9, "--monitor", "val_loss", "--early", "--patience", 2, "--delta", 0.1])
     # kept, though too small a step for --delta to go on
     assert metrics["best"] == {"value": 0.95, "step": 12}
 
@@ -351,6 +351,7 @@ def test_zero_shot_is_the_nearest_class_prompt(argv):
 
 def test_the_table_has_a_line_a_variant_and_differences_paired_by_seed(argv, capsys):
     """Two seeds: t of one degree of freedom is 12.706, and sd / sqrt(n) half of their distance."""
+    argv += ["--monitor", "last", "--lr", 0.01]  # so that the variants differ; both have it
     folder, percent = argv[argv.index("--dir") + 1], {}
     for sd in (0, 1):
         for more in ([], ["--no-text"]):
@@ -366,10 +367,11 @@ def test_the_table_has_a_line_a_variant_and_differences_paired_by_seed(argv, cap
     sd = abs(percent[0, False] - percent[1, False]) / 2 ** 0.5
     assert first["trained"] == f"{mean:.1f} ± {sd:.1f}"
     gains = [percent[sd, False] - percent[sd, True] for sd in (0, 1)]
+    assert gains[0] != gains[1]
     mean, half = sum(gains) / 2, 12.706 * abs(gains[0] - gains[1]) / 2
     low, high = (f"{mean + sign * half:+.1f}" for sign in (-1, 1))
     assert first["minus no-text"] == f"{mean:+.1f} [{low}, {high}]"
-    assert none["minus no-text"] == "" and none["minus no flag"].startswith(f"{-mean:+.1f} [")
+    assert none["minus no-text"] == "" and none["minus no flag"].startswith(f"{0 - mean:+.1f} [")
     with open(folder / "table.csv") as file:
         lines = list(csv.DictReader(file))
     assert {line["flags"]: line["trained"] for line in lines} == {
