@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -378,6 +379,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextmanager
+def whole(path: Path):
+    """A temporary path beside `path`; what is written there takes its place in the end, whole, and
+    after an error or a signal not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        yield part
+        os.replace(part, path)
+
+
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
@@ -426,10 +438,8 @@ def main(argv=None) -> int:
     if not args.csv:
         csv.writer(sys.stdout).writerows(rows)
         return int(unreadable)
-    with TemporaryDirectory(dir=Path(args.csv).parent) as folder:  # whole or not at all
-        with open(Path(folder, "table"), "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        os.replace(file.name, args.csv)
+    with whole(Path(args.csv)) as part, open(part, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
     return int(unreadable)
 
 
@@ -439,6 +449,8 @@ def write_wsinfer(classifier: Classifier, folder: Path) -> None:
     if not run.get("mpp") or not run.get("side"):
         raise ValueError("--wsinfer: the classifier does not know the micrometres per pixel or the "
                          "side of a tile; train with --mpp on tiles of one size")
+    if folder.exists():
+        raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
     transform = [{"name": "Resize", "arguments": {"size": config["size"]}}, {"name": "ToTensor"},
                  {"name": "Normalize", "arguments": {"mean": config["mean"], "std": config["std"]}}]
     if run["side"] == config["size"]:
@@ -449,15 +461,10 @@ def write_wsinfer(classifier: Classifier, folder: Path) -> None:
                "transform": transform}
     images = torch.zeros(1, 3, config["size"], config["size"])
     traced = torch.jit.freeze(torch.jit.trace(classifier, images))
-    if folder.exists():
-        raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:  # whole or not at all
-        part = Path(temporary, folder.name)
+    with whole(folder) as part:
         part.mkdir()
         traced.save(part / "torchscript_model.pt")
         (part / "config.json").write_text(json.dumps(wsinfer, indent=2))
-        os.replace(part, folder)
 
 
 if __name__ == "__main__":

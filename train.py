@@ -25,7 +25,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zlib
 from base64 import b64encode
@@ -43,7 +42,7 @@ from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
 from clipit import (BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier,
-                    tile_transform)
+                    tile_transform, whole)
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles,
                   read_reports, tile_side, warn_of_repeated_tiles)
 from lora import TARGETS, inject_lora
@@ -166,8 +165,9 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line |= {"lr": optimizer.param_groups[0]["lr"],
                      "tiles_per_second": round(steps * args.batch / seconds, 1)}
             stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
-            update_state(state, line, model, args)
-            save_training(run, state, model, optimizer, args)
+            weights = trained_state(model)
+            update_state(state, line, weights, args)
+            save_training(run, state, weights, optimizer, args)
             if tracker:
                 tracker.log(line, step=step)
             if step // val_steps % args.log == 0 or step == total or state["stopped"]:
@@ -628,19 +628,16 @@ def cached(kind: str, facts: list, args, compute) -> Tensor:
 
 
 def write_file(path: Path, write) -> None:
-    """write(a path in a temporary folder), then renamed: after a kill or a power cut the old file
-    or the new one is there. The first process writes. OSError, and nothing left, where it fails."""
+    """write(a temporary path), then renamed: after a kill or a power cut the old file or the new
+    one is there. The first process writes. OSError, and nothing left, where it fails."""
     if RANK:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
-            part = Path(folder, path.name)
+        with whole(path) as part:
             write(part)
             sync(part, *part.rglob("*"))
             if path.is_dir():  # a folder cannot be renamed over another
                 shutil.rmtree(path)
-            os.replace(part, path)
         sync(path.parent)
     except Exception as error:  # safetensors' are of its own kind
         raise OSError(f"{path}: could not be written ({error})\nmake room there or give another "
@@ -696,8 +693,7 @@ def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
                          "same command trains anew; features and pairs are kept") from None
     saved = from_all(saved)[0]
     if saved is None:
-        return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": [],
-                "collapsed": False}
+        return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": []}
     model.load_state_dict(saved["model"], strict=False)
     optimizer.load_state_dict(saved["optimizer"])
     write_log(run, saved["state"])
@@ -705,31 +701,31 @@ def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
     return saved["state"]
 
 
-def update_state(state: dict, line: dict, model: ClipIT, args) -> None:
+def update_state(state: dict, line: dict, weights: dict[str, Tensor], args) -> None:
     """Keep the weights of the best --monitor; --early stops after --patience looks without a better
     one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
-    if args.lora_text and line.get("text_spread", 1) < 0.1 and not state["collapsed"]:
-        state["collapsed"] = True
+    spreads = [look.get("text_spread", 1) for look in [*state["log"], line]]
+    if args.lora_text and spreads[-1] < 0.1 <= min(spreads[:-1], default=1):  # for the first time
         print("the reports' features have collapsed to nearly one direction (text_spread below "
               "0.1): there is little left to distil; --lora-text 0 keeps them")
     value, gain = line.get(args.monitor, line["step"]), math.inf
     if state["best"] and args.monitor != "last":
         gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
     if gain > 0:
-        state["best"] = {"value": value, "step": line["step"], "model": trained_state(model)}
+        state["best"] = {"value": value, "step": line["step"], "model": weights}
     state["waited"] = 0 if gain > args.delta else state["waited"] + 1
     state["stopped"] = bool(args.early) and state["waited"] >= args.patience
     state["step"] = line["step"]
     state["log"].append(line)
 
 
-def save_training(run: Path, state: dict, model: ClipIT, optimizer, args) -> None:
+def save_training(run: Path, state: dict, weights: dict[str, Tensor], optimizer, args) -> None:
     """last.pt, everything that the next step depends on, and log.jsonl, which is in it too."""
-    saved = {"state": state, "model": trained_state(model), "optimizer": optimizer.state_dict()}
+    saved = {"state": state, "model": weights, "optimizer": optimizer.state_dict()}
     write_torch(run / "last.pt", saved)
     write_log(run, state)
     if args.chkpnt:
-        write_torch(run / f"step_{state['step']}.pt", saved["model"])
+        write_torch(run / f"step_{state['step']}.pt", weights)
 
 
 def write_log(run: Path, state: dict) -> None:
@@ -780,9 +776,10 @@ def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) ->
     the report's place in the source and first words."""
     places, rows = list(reports.items()), []
     for split in SPLITS:
-        for tile, report, cosine in zip(tiles[split].paths, pairs[split], similarity[split]):
+        nearest = zip(tiles[split].paths, pairs[split].tolist(), similarity[split].tolist())
+        for tile, report, cosine in nearest:
             text, place = places[report]
-            rows.append((tile, split, int(report), f"{cosine:.6f}", place, text[:60]))
+            rows.append((tile, split, report, f"{cosine:.6f}", place, text[:60]))
     write_csv(run / "pairs.csv", ["tile", "split", "report", "similarity", "place", "text"], rows)
     write_page(run, tiles["train"], pairs["train"], similarity["train"], reports)
     uses = torch.cat(list(pairs.values())).bincount()  # (M,)
@@ -796,10 +793,9 @@ def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
     header = ["path", "target", "pred", "target_class", "pred_class",
               *(f"class_{i}" for i in range(p.shape[1]))]
     rows = []
-    for path, label, row in zip(tiles.paths, tiles.labels, p):
-        pred = int(row.argmax())
-        names = tiles.classes[label], tiles.classes[pred]
-        rows.append([path, label, pred, *names, *row.tolist()])
+    predictions = p.argmax(dim=1).tolist()
+    for path, label, pred, row in zip(tiles.paths, tiles.labels, predictions, p.tolist()):
+        rows.append([path, label, pred, tiles.classes[label], tiles.classes[pred], *row])
     write_csv(run / "predictions.csv", header, rows)
 
 
