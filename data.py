@@ -16,20 +16,16 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from contextlib import closing
-from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
-
-VAL_FRACTION = 0.2  # of the training tiles of every class, where there is no val/
-SPLIT_SEED = 42  # not the run's seed: runs stay comparable
 
 
 class Tiles(torch.utils.data.Dataset):
@@ -47,7 +43,6 @@ class Tiles(torch.utils.data.Dataset):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
     def take(self, indices) -> "Tiles":
-        """The tiles at `indices`, in that order."""
         paths, labels = [self.paths[i] for i in indices], [self.labels[i] for i in indices]
         return Tiles(paths, labels, self.classes, self.transform)
 
@@ -56,38 +51,36 @@ class Tiles(torch.utils.data.Dataset):
 
 
 def load_tiles(ds, split, root="data", transform=None, val_fraction=None) -> Tiles:
-    """The tiles of "train", "val" or "test". ds: a folder, or a key of DATASETS, which lies below
-    `root`; val_fraction: validate on this share of the training tiles, not on val/. Raises
-    FileNotFoundError, ValueError."""
+    """The tiles of "train", "val" or "test". ds: a folder, or a key of DATASETS, below `root`;
+    val_fraction: validate on this share of train/, not on val/. Raises OSError, ValueError."""
     folder = dataset_folder(ds, root)
     samples, classes = _read_split(ds, folder, "test" if split == "test" else "train")
     if split != "test":
         val = [] if val_fraction else _read_split(ds, folder, "val")[0]
-        if not val:
+        if not val:  # the seed is not the run's: runs stay comparable
             labels = [label for _, label in samples]
-            _, held = stratified_split(labels, val_fraction or VAL_FRACTION, SPLIT_SEED)
-            val = [samples[i] for i in held]
+            val = [samples[i] for i in stratified_split(labels, val_fraction or 0.2, seed=42)[1]]
         if not val:
             raise ValueError(f"{folder}: one tile a class leaves none for validation; add a val/")
         held = set(val)
         samples = val if split == "val" else [item for item in samples if item not in held]
     if ds not in DATASETS:
-        _tell_of_other_files(folder / split)
+        _count_other_files(folder / split)
     return Tiles(*zip(*samples), classes, transform)
 
 
-def _tell_of_other_files(folder: Path) -> None:
+def _count_other_files(folder: Path):
     names = [name for _, _, names in os.walk(folder, followlinks=True) for name in names]
     others = [name for name in names if not name.lower().endswith(IMG_EXTENSIONS)]
     if others:
-        kinds = " ".join(sorted({Path(name).suffix.lower() for name in others}))
+        kinds = sorted({Path(name).suffix.lower() for name in others})
         print(f"{len(others)} of {len(names)} files in {folder} are no images that can be read "
-              f"here: {kinds}")
+              f"here: {' '.join(kinds)}")
 
 
 def stratified_split(labels, fraction, seed) -> tuple[list[int], list[int]]:
-    """(kept, held) indices: `fraction` of every class is held, at random by seed, rounded so that
-    both sides have of it; a single tile is kept."""
+    """(kept, held) indices: `fraction` of every class is held, drawn by seed, rounded so that both
+    sides have of it; a single tile is kept."""
     sizes = Counter(labels)
     held = [i for i in draw_shots(labels, fraction, seed) if sizes[labels[i]] > 1]
     return sorted(set(range(len(labels))) - set(held)), held
@@ -98,26 +91,23 @@ def draw_shots(labels, shots, seed) -> list[int]:
     labels, generator, drawn = torch.tensor(labels), torch.Generator().manual_seed(seed), []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)].tolist()
+        order = torch.randperm(len(members), generator=generator)
         share = max(min(round(shots * len(members)), len(members) - 1), 1)
-        drawn += members[:shots if shots >= 1 else share]
+        drawn += members[order][:shots if shots >= 1 else share].tolist()
     return sorted(drawn)
 
 
 def warn_of_repeated_tiles(tiles: dict[str, Tiles]) -> None:
-    """Print how many tiles are the file of another one, of any split, links followed."""
+    """Print how many tiles, of all splits, are the file of another one, links followed."""
     files = [os.path.realpath(path) for part in tiles.values() for path in part.paths]
     repeated = len(files) - len(set(files))
     if repeated:
-        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile of a split")
+        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile")
 
 
 def tile_side(tiles: Tiles) -> int | None:
     """Pixels of a tile's side: the commonest of 1,000 tiles; None where they are not square."""
-    sizes = Counter()
-    for path in tiles.paths[::-(-len(tiles) // 1000)]:
-        with Image.open(path) as image:
-            sizes[image.size] += 1
+    sizes = Counter(Image.open(path).size for path in tiles.paths[::-(-len(tiles) // 1000)])
     width, height = sizes.most_common(1)[0][0]
     if len(sizes) > 1:
         print(f"tiles of {len(sizes)} sizes; the commonest, {width} x {height}, counts")
@@ -134,14 +124,20 @@ class TileError(ValueError):
 def read_tile(path) -> Image.Image:
     """A tile as PIL RGB; FILE.h5#17 is number 17 of that file's array x, (N, 96, 96, 3) uint8.
     Raises TileError with the path."""
-    file, hdf5, number = str(path).rpartition(".h5#")
+    file, _, number = str(path).rpartition("#")
     try:
-        if hdf5:
-            return Image.fromarray(_open_h5(f"{file}.h5", os.getpid())["x"][int(number)])
+        if file.endswith(".h5"):
+            return Image.fromarray(_read_h5(file, "x", int(number)))
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:  # PIL raises of all kinds, each format its own
         raise TileError(f"{path}: not a readable image ({error}); mend or remove it") from None
+
+
+def _read_h5(path, array: str, index):
+    import h5py  # here, because only PCAM needs it
+    with h5py.File(path) as file:  # each time: a worker must not read through an inherited one
+        return file[array][index]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -151,13 +147,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, whose range is unknown; save it as 8 bits")
     return image.convert("RGB")
-
-
-@lru_cache(None)
-def _open_h5(path: str, process: int):
-    """The HDF5 file, opened once in each process: no worker may read through an inherited one."""
-    import h5py  # here, because only PCAM needs it
-    return h5py.File(path, "r")
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -175,10 +164,9 @@ def load_reports(source, root="data") -> list[str]:
 
 
 def read_reports(source, root="data") -> dict[str, str]:
-    """Distinct reports, so that no two can tie in the pairing, with the first place of each:
-    "reports.txt line 17", "reports.csv row 3" (the header is row 1), "cases/a.txt". source: .txt
-    with one a line, .csv or .jsonl with a column `text`, a folder of .txt with one each, or a key
-    of REPORTS, which lies below `root`. Raises OSError, ValueError."""
+    """Distinct reports, so that no two tie in the pairing, and the first place of each: "a.txt line
+    17", "a.csv row 3" (the header is row 1), "cases/a.txt". source: .txt of lines, .csv or .jsonl
+    with `text`, a folder of .txt, or a key of REPORTS, below `root`. Raises OSError, ValueError."""
     path, reports, count, place = Path(source), {}, 0, "the start"
     if source in REPORTS:
         name, git_id = REPORTS[source]
@@ -188,26 +176,22 @@ def read_reports(source, root="data") -> dict[str, str]:
                                     f"remove it, and --download fetches {AUTHORS}/{name}")
     try:
         for count, (place, row) in enumerate(_report_rows(path), 1):
-            if path.suffix.lower() == ".jsonl" and row.strip():
-                row = json.loads(row)
             text = row if isinstance(row, str) else row["text"]
             if not isinstance(text, str) or "\0" in text:
                 raise ValueError(f"{text!r:.50}")
             reports.setdefault(text.strip(), place)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(
-            f"--reports {path}: not UTF-8 text without zero bytes, a report a line or a column "
-            f"`text` ({type(error).__name__}: {error}; from {place} on)") from None
+        raise ValueError(f"--reports {path}: not UTF-8 without zero bytes, or not a column `text` "
+                         f"({type(error).__name__}: {error}; from {place} on)") from None
     reports.pop("", None)
     if len(reports) < 2:
-        raise ValueError(f"--reports {path}: {len(reports)} distinct report(s) in it; expected two"
-                         " or more (a .txt holds one a line)")
+        raise ValueError(f"--reports {path}: {len(reports)} distinct report(s), not two or more")
     print(f"{source}: {len(reports)} reports, {count - len(reports)} empty or equal left out")
     return reports
 
 
 def _report_rows(path: Path):
-    """(place, line or row with a column `text`) for each report."""
+    """(place, text or row with a column `text`) of each report."""
     kind = path.suffix.lower()
     if path.is_dir():
         for file in sorted(path.rglob("*")):
@@ -222,12 +206,13 @@ def _report_rows(path: Path):
                     raise ValueError(f"row {number} has more cells than row 1; quote its commas")
                 yield f"{path.name} row {number}", row
     elif kind in (".txt", ".jsonl"):
-        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
-        for number, line in enumerate(lines, 1):
-            yield f"{path.name} line {number}", line
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line) if kind == ".jsonl" and line.strip() else line
+                yield f"{path.name} line {number}", row
     else:
-        raise FileNotFoundError(f"--reports {path}: no such file or kind; expected .txt, .csv, "
-                                f".jsonl, a folder of .txt, or {', '.join(REPORTS)}")
+        kinds = ".txt, .csv, .jsonl, a folder of .txt"
+        raise FileNotFoundError(f"--reports {path}: expected {kinds}, or {', '.join(REPORTS)}")
 
 
 # ---- The published data sets --------------------------------------------------------------------
@@ -238,8 +223,8 @@ PCAM = "pcam/camelyonpatch_level_2_split_"
 TISSUES = ["adipose tissue", "background", "debris", "lymphocytes", "mucus", "smooth muscle",
            "normal colon mucosa", "cancer-associated stroma",
            "colorectal adenocarcinoma epithelium"]
-# archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words; mpp, side:
-# micrometres a pixel, pixels of a tile; defaults: of train.py's flags
+# archives: what is unpacked from each, its md5, its tiles; prompts: the classes in words; mpp:
+# micrometres a pixel; side: pixels of a tile; defaults: of train.py's flags
 DATASETS = {
     "demo": dict(
         title="the demo's rendered tiles, which show no tissue", licence="MIT", root=DEMO,
@@ -274,25 +259,24 @@ DATASETS = {
         prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
         mpp=0.972, side=96, defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
 }
-NONORM = ("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f", 100_000)
 DATASETS["crc-nonorm"] = DATASETS["crc"] | dict(
     title="NCT-CRC-HE-100K-NONORM and CRC-VAL-HE-7K",
-    archives=DATASETS["crc"]["archives"] | dict(train=NONORM))
+    archives=DATASETS["crc"]["archives"] | dict(
+        train=("NCT-CRC-HE-100K-NONORM", "035777cf327776a71a05c95da6d6325f", 100_000)))
 # kaiko-eva's training images of BACH, half-open ranges over the sorted files, disjoint in patients
 # from the other 132, which are the test split here, as in the authors' code
 BACH_TRAIN = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), (368, 400))
 
 
 def dataset_folder(ds, root="data") -> Path:
-    """The folder that a data set's splits lie in; looks at no tile. Raises FileNotFoundError."""
+    """The folder of a data set's splits; looks at no tile. Raises FileNotFoundError."""
     row = DATASETS.get(ds, {})
+    folder, parts = Path(row.get("root", ds)), ["train", "test"]
+    remedy = f"expected {', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/"
     if "archives" in row:
         folder, parts = Path(root), [archive[0] for archive in row["archives"].values()]
         remedy = (f"--download fetches {row['title']} ({row['gb']} GB, licence {row['licence']})\n"
                   f"from {ZENODO}/{row['record']}, or --data-dir tells where it lies")
-    else:
-        folder, parts = Path(row.get("root", ds)), ("train", "test")
-        remedy = f"expected {', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/"
     for part in parts:
         if not (folder / part).exists():
             raise FileNotFoundError(f"--ds {ds}: no folder or file {folder / part}; {remedy}")
@@ -302,24 +286,23 @@ def dataset_folder(ds, root="data") -> Path:
 def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
     """[(path, label)], empty for a "val" that is not there, and the names of the classes."""
     row = DATASETS.get(ds, {})
-    classes, samples = row.get("classes") or _class_names(folder / "train"), []
-    archives = row.get("archives", {split: (split, None, None)})
+    classes = row.get("classes") or _class_names(folder / "train")
+    archives = row.get("archives", {split: (split, "", None)})
     key = {"bach": "train", "pcam": f"{split}_x"}.get(ds, split)
-    name, _, count = archives.get(key, ("no val", None, None))
-    part = folder / name
-    if ds == "pcam":  # x: (N, 96, 96, 3), y: (N, 1, 1, 1), uint8
-        y_file = folder / archives[f"{split}_y"][0]
-        labels = _open_h5(str(y_file), os.getpid())["y"][:].reshape(-1).tolist()
-        indices = range(len(_open_h5(str(part), os.getpid())["x"]))
-        samples = [(f"{part}#{i}", label) for i, label in zip(indices, labels, strict=True)]
+    name, _, count = archives.get(key, ("no val", "", None))
+    part, samples = folder / name, []
+    if ds == "pcam":
+        labels = _read_h5(folder / archives[f"{split}_y"][0], "y", ...).flatten()  # (N,) uint8
+        samples = [(f"{part}#{i}", label) for i, label in enumerate(labels.tolist())]
     elif part.is_dir():
         names = _class_names(part)
         if names != classes or len(names) < 2:
-            raise ValueError(f"{part}: its class folders are {names[:20]}; expected two or more, the "
-                             f"same in every split: {classes[:20]}")
+            raise ValueError(f"{part}: class folders {names[:20]}; expected two or more, in every "
+                             f"split: {classes[:20]}")
         try:
-            samples = make_dataset(part, dict(zip(names, range(len(names)))), IMG_EXTENSIONS)
-        except FileNotFoundError as error:  # torchvision names the class without an image
+            labels = {name: label for label, name in enumerate(names)}
+            samples = make_dataset(part, labels, IMG_EXTENSIONS)
+        except FileNotFoundError as error:  # names the class without an image
             raise ValueError(f"{part}: {error}") from None
     if count and len(samples) != count:
         raise ValueError(f"{part}: found {len(samples):,} tiles, expected {count:,}; remove it, "
@@ -340,8 +323,7 @@ def _class_names(folder: Path) -> list[str]:
 
 def download(ds, reports, root="data") -> None:
     """Fetch what is missing of a data set and of reports with a name below `root`. Raises OSError
-    where that breaks off or a file is not the published one; the same call goes on from FILE.part,
-    which is kept."""
+    where that breaks off; FILE.part is kept, and the same call goes on from it."""
     row, root = DATASETS.get(ds, {}), Path(root)
     for to, md5, _ in row.get("archives", {}).values():
         if not (root / to).exists():
@@ -357,28 +339,21 @@ def download(ds, reports, root="data") -> None:
 
 
 def _lock(path: Path):
-    """The file, or its .part, open: until it is closed no other process can lock it (OSError)."""
+    """A lock that ends with its process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path if path.exists() else f"{path}.part", "ab")
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"{file.name}: another process is downloading it; wait for it") from None
-    except ImportError:  # Windows, which renames no open file
-        file.close()
-    except OSError:  # a disk without locks
-        pass
-    return closing(file)
+        return FileLock(f"{path}.lock", timeout=0).acquire()
+    except OSError as error:  # Timeout is one
+        raise OSError(f"{path}: another process downloads it, or no lock is to be had; {error}")
 
 
-def _fetch(url: str, path: Path, expected: str, licence: str, gb: float) -> None:
+def _fetch(url: str, path: Path, expected: str, licence: str, gb: float):
     """Download what path.part lacks; it becomes `path` if its checksum is the expected one."""
     if path.exists():
         return
     print(f"{url} to {path}; licence: {licence}")
-    part = path.with_name(path.name + ".part")
-    start, problem = part.stat().st_size, "not all of the file, or another one"
+    part = Path(f"{path}.part")
+    start = part.stat().st_size if part.exists() else 0
     rest = Request(url, headers={"Range": f"bytes={start}-"})
     try:
         with urlopen(rest, timeout=60) as reply, open(part, "ab") as file:
@@ -387,24 +362,26 @@ def _fetch(url: str, path: Path, expected: str, licence: str, gb: float) -> None
             total = start + int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(reply, "read", total, initial=start, disable=None) as stream:
                 _copy(stream, file, gb)
+            if file.tell() < total:
+                raise OSError(f"broken off after {file.tell():,} of {total:,} bytes")
     except (OSError, HTTPException) as error:
-        problem = error
+        if getattr(error, "code", None) != 416:  # that is: there is no more than the part
+            raise OSError(f"{part}: {error}; the same command goes on") from None
     checksum = _checksum(part, expected)
     if checksum != expected:
-        rows = [row["archives"].values() for row in DATASETS.values() if "archives" in row]
-        names = {md5: f" (that of {to})" for row in rows for to, md5, _ in row}
-        raise OSError(f"{part}: {problem}; {part.stat().st_size:,} bytes of {url} with checksum "
-                      f"{checksum}{names.get(checksum, '')}, expected {expected}\nthe same command"
-                      f" goes on; if nothing is missing, remove it, or rename it to {path.name}")
+        archives = [row.get("archives", {}).values() for row in DATASETS.values()]
+        names = {md5: f" (that of {to})" for row in archives for to, md5, _ in row}
+        raise OSError(f"{part}: checksum {checksum}{names.get(checksum, '')}, expected {expected}\n"
+                      "where the end is missing, the same command goes on; else remove it, or "
+                      f"rename it to {path.name}")
     os.replace(part, path)
 
 
-def _copy(source, target, gb: float) -> None:
-    """Copy to the end. Raises OSError beyond the size published, which is rounded."""
+def _copy(source, target, gb: float):
     while chunk := source.read(1 << 20):
         target.write(chunk)
-        if target.tell() > gb * 1.01e9:
-            raise OSError(f"more than the {gb} GB published")
+        if target.tell() > gb * 1.01e9:  # gb is rounded
+            raise OSError(f"more than the {gb} GB published; remove it")
 
 
 def _checksum(path: Path, expected: str) -> str:
@@ -415,11 +392,10 @@ def _checksum(path: Path, expected: str) -> str:
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
-def _unpack(packed: Path, root: Path, to: str, gb: float) -> None:
+def _unpack(packed: Path, root: Path, to: str, gb: float):
     """`to` of a .zip, or the file of a .gz, to root/to by way of a temporary folder: whole or not
     at all. zipfile strips what leads out of a folder ("..", /) and makes no links."""
-    temporary = packed.with_name(packed.name + ".unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary = Path(f"{packed}.unpacking")
     try:
         for path in (temporary / to, root / to):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -429,12 +405,11 @@ def _unpack(packed: Path, root: Path, to: str, gb: float) -> None:
         else:
             with zipfile.ZipFile(packed) as archive:
                 members = [name for name in archive.namelist() if name.startswith(f"{to}/")]
-                for name in tqdm(members, f"unpack {packed.name}", leave=False, disable=None):
-                    archive.extract(name, temporary)
+                archive.extractall(temporary, tqdm(members, f"unpack {packed.name}", disable=None))
         os.replace(temporary / to, root / to)
         print(f"{packed} is no longer needed")
     except Exception as error:  # zipfile and gzip raise of all kinds
         raise OSError(f"{packed}: {to} could not be unpacked ({error}); the same command goes on, "
-                      "or fetches it again if it is damaged and removed") from None
+                      "or fetches it anew once it is removed") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,25 +16,21 @@ from data import (TileError, draw_shots, load_reports, load_tiles, read_reports,
 LABELS = [0] * 50 + [1] * 17 + [2] * 2 + [3]
 
 
-def test_a_stratified_split_takes_its_share_of_every_class():
+def test_splits_and_shots_take_their_share_of_every_class_by_seed():
     kept, held = stratified_split(LABELS, 0.2, seed=42)
     assert sorted(kept + held) == list(range(len(LABELS)))
     assert Counter(LABELS[i] for i in held) == {0: 10, 1: 3, 2: 1}  # a single tile is kept
-    assert (kept, held) == stratified_split(LABELS, 0.2, 42) != stratified_split(LABELS, 0.2, 43)
-
-
-def test_shots_draw_that_many_tiles_of_every_class_and_other_ones_for_another_seed():
-    drawn = draw_shots(LABELS, 15, seed=0)
+    drawn = draw_shots(LABELS, 15, seed=42)
     assert Counter(LABELS[i] for i in set(drawn)) == {0: 15, 1: 15, 2: 2, 3: 1}
     assert Counter(LABELS[i] for i in draw_shots(LABELS, 0.2, seed=0)) == {0: 10, 1: 3, 2: 1, 3: 1}
-    assert drawn == draw_shots(LABELS, 15, seed=0) != draw_shots(LABELS, 15, seed=1)
+    assert (kept, held) == stratified_split(LABELS, 0.2, 42) != stratified_split(LABELS, 0.2, 43)
+    assert drawn == draw_shots(LABELS, 15, seed=42) != draw_shots(LABELS, 15, seed=43)
 
 
-def test_tiles_are_in_order_of_class_and_file_name_as_in_torchvision(world):
-    tiles = load_tiles(world / "tiles", "train")
-    assert tiles.classes == ["A", "B", "C"] and tiles.labels == [0] * 8 + [1] * 8 + [2] * 8
-    theirs = ImageFolder(world / "tiles" / "train").samples
-    assert list(zip(tiles.paths, tiles.labels)) == theirs and tiles.paths == sorted(tiles.paths)
+def test_tiles_are_torchvisions_in_its_order(world):
+    tiles, theirs = load_tiles(world / "tiles", "train"), ImageFolder(world / "tiles" / "train")
+    assert tiles.classes == theirs.classes == ["A", "B", "C"]
+    assert list(zip(tiles.paths, tiles.labels)) == theirs.samples and len(tiles) == 24
 
 
 def test_validation_is_val_or_a_share_of_the_training_tiles(world, tmp_path):
@@ -119,14 +115,11 @@ def test_reports_are_read_alike_from_every_kind_of_file_with_their_places(tmp_pa
         assert read_reports(source)[REPORTS[1]] == place
 
 
-def test_equal_reports_are_merged_and_empty_ones_left_out(tmp_path, capsys):
+def test_reports_may_be_long_hold_newlines_and_be_equal_or_empty(tmp_path, capsys):
     (tmp_path / "r.txt").write_text("adenoma\n\n ileum \nadenoma\nileum\ncolon\n")
     assert read_reports(tmp_path / "r.txt") == {
         "adenoma": "r.txt line 1", "ileum": "r.txt line 3", "colon": "r.txt line 6"}
     assert "r.txt: 3 reports, 3 empty or equal left out" in capsys.readouterr().out
-
-
-def test_a_report_may_be_long_and_hold_newlines(tmp_path):
     (tmp_path / "r.csv").write_text('text\n"' + "tumour\n" * 40_000 + '"\nshort\n')
     assert load_reports(tmp_path / "r.csv") == [("tumour\n" * 40_000).strip(), "short"]
     (tmp_path / "r.jsonl").write_text('{"text": "a\u2028b"}\n{"text": "c"}')
@@ -135,8 +128,6 @@ def test_a_report_may_be_long_and_hold_newlines(tmp_path):
 
 @pytest.mark.parametrize("name, content, told", [
     ("utf16.txt", "colon\nileum\n".encode("utf-16"), "UnicodeDecodeError"),
-    ("zeros.txt", b"a\0\nb\n", "zero bytes"), ("one.txt", b"a\na\n\n", "1 distinct report"),
-    ("column.csv", b"report\ncolon\nileum\n", "column `text`"),
     ("commas.csv", b"id,text\n1,colon\n2,ileum, or not\n", "row 3 has more cells than row 1"),
     ("short.csv", b"id,text\n1,colon\n2\n", "None; from short.csv row 3 on"),
     ("quote.csv", b'text\ncolon\n"ileum\njejunum\n', "unexpected end of data"),
@@ -147,5 +138,5 @@ def test_bad_reports_are_one_line_with_the_path(name, content, told, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FileNotFoundError if told == "expected .txt" else ValueError) as refused:
         load_reports(tmp_path / name)
-    assert "\n" not in str(refused.value) and refused.type in (FileNotFoundError, ValueError)
-    assert str(tmp_path / name) in str(refused.value) and told in str(refused.value)
+    said = str(refused.value)
+    assert str(tmp_path / name) in said and told in said and "\n" not in said
