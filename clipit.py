@@ -1,23 +1,22 @@
 """CLIP-IT: a tile classifier that learned from reports and needs none. Travels with lora.py.
 
     from clipit import Classifier
-    classifier = Classifier.from_pretrained("runs/demo/base")  # text-free, plain modules
-    probabilities = classifier.predict([image, ...])           # PIL images -> (B, C)
+    classifier = Classifier.from_pretrained("runs/demo/base")
+    probabilities = classifier.predict([image, ...])  # PIL images -> (B, C)
 
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv
 
-The symbols of the paper:
+In the paper's symbols:
 
     v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
     logits = fusion([h_v(v), h_t(t-hat)])
     loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat))
 
-LoRA, distillation and fusion are the paper's; the layers and the loss are the authors' code's.
+The layers and the loss are those of the authors' code.
 """
 import argparse
 import csv
 import json
-import os
 import shutil
 import signal
 import sys
@@ -45,8 +44,7 @@ class ClipIT(nn.Module):
     """The model that is trained.
 
     backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), None where no text
-    is trained; kd_layers: 1 for a linear h_d, 2 for an MLP; fused=False: h_v alone, the baseline;
-    random_fusion: the authors' start.
+    is trained; kd_layers: 1, a linear h_d, or 2, an MLP; fused=False: h_v alone, the baseline.
     """
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int,
@@ -54,19 +52,19 @@ class ClipIT(nn.Module):
                  random_fusion: bool = False):
         super().__init__()
         self.backbone, self.text_tower, self.fused = backbone, text_tower, fused
-        self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim, kd_layers=kd_layers,
-                          fused=fused)
+        self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim,
+                          kd_layers=kd_layers, fused=fused)
         self.vision_head = nn.Linear(vision_dim, num_classes)  # h_v
         if not fused:
             return
         self.distill_head = nn.Linear(vision_dim, text_dim)  # h_d
         if kd_layers == 2:
-            self.distill_head = text_classifier(vision_dim, text_dim)  # the same kind of MLP
+            self.distill_head = text_classifier(vision_dim, text_dim)
         self.text_head = text_classifier(text_dim, num_classes)  # h_t
         self.fusion = nn.Linear(2 * num_classes, num_classes)
         if not random_fusion:
-            # Fused logits start as h_v(v) + h_t(t-hat): from the unimodal classifier of step 2. The
-            # authors' random start mixes its logits, and LoRA bends the backbone to suit that first
+            # Logits start as h_v(v) + h_t(t-hat): from the unimodal classifier. The authors' random
+            # start mixes its logits, and LoRA first bends the backbone to suit that
             with torch.no_grad():
                 self.fusion.weight.copy_(torch.eye(num_classes).repeat(1, 2))
                 self.fusion.bias.zero_()
@@ -79,20 +77,20 @@ class ClipIT(nn.Module):
         return self.fusion(torch.cat([self.vision_head(v), self.text_head(t_hat)], dim=1)), t_hat
 
     def forward(self, images: Tensor) -> Tensor:
-        """The text-free path: images (B, 3, H, W) -> logits (B, C)."""
+        """Without text: images (B, 3, H, W) -> logits (B, C)."""
         return self.fuse(self.backbone(images))[0]
 
     def forward_train(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, 3, H, W), tokens (B, L) -> logits (B, C), t-hat and t (B, text_dim)."""
+        """Images, tokens (B, L) -> logits (B, C), t-hat and t (B, text_dim)."""
         return *self.fuse(self.backbone(images)), self.text_tower(tokens)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """images (B, 3, H, W) -> v (B, vision_dim), t-hat (B, text_dim)."""
+        """Images -> v (B, vision_dim), t-hat (B, text_dim)."""
         v = self.backbone(images)
         return v, self.fuse(v)[1]
 
     def train(self, mode: bool = True):
-        """BatchNorm stays in eval mode: a frozen backbone's batch statistics are frozen too."""
+        """BatchNorm stays in eval mode: the statistics of a frozen backbone are frozen too."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -100,9 +98,8 @@ class ClipIT(nn.Module):
         return self
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":
-        """The text-free Classifier with LoRA merged; this model stays as it is."""
-        config = dict(self.backbone.recipe, **self.sizes, classes=classes, run=run)
-        classifier = Classifier(config)
+        """A copy with LoRA merged and without the text tower."""
+        classifier = Classifier(dict(self.backbone.recipe, **self.sizes, classes=classes, run=run))
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -110,7 +107,7 @@ class ClipIT(nn.Module):
 
 
 def text_classifier(text_dim: int, num_classes: int) -> nn.Module:
-    """The MLP of h_t and of the stand-alone text head: text_dim -> text_dim -> C."""
+    """The MLP of h_t and of the text head alone: text_dim -> text_dim -> C."""
     return nn.Sequential(nn.Linear(text_dim, text_dim), nn.LeakyReLU(0.1),
                          nn.Linear(text_dim, num_classes))
 
@@ -119,8 +116,7 @@ def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
                 kd_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """logits (B, C), labels (B,), t_hat and t (B, text_dim) -> loss, its parts {"ce", "kd"}.
 
-    t = None: the paper's ablation without text. (The authors' code takes a softmax first and so the
-    CE of probabilities.)
+    t = None: the ablation without text. (The authors' code takes the CE of a softmax.)
     """
     ce = F.cross_entropy(logits, labels)
     if t is None:
@@ -134,9 +130,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
 
     classes: C names; transform (or preprocess): PIL image -> (3, size, size); forward: images
     (B, 3, size, size) -> logits (B, C), without a softmax; predict: PIL images -> probabilities;
-    features: images -> v, t-hat. config, kept in config.json: load_backbone's recipe, ClipIT's
-    sizes, classes, run. run tells the card of the training: data, licence, reports, clip_model,
-    test_tiles, variant, metrics, unimodal, mpp (micrometres per pixel), side (pixels of a tile).
+    features: images -> v, t-hat. config: a backbone's recipe, ClipIT's sizes, classes, and run, the
+    facts of the training.
     """
 
     def __init__(self, config: dict):
@@ -144,8 +139,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         backbone = build_backbone(config["architecture"], config["model_args"])
         super().__init__(backbone, None, len(config["classes"]), **sizes)
         self.config, self.classes = config, config["classes"]
-        self.transform = self.preprocess = tile_transform(
-            config["size"], config["mean"], config["std"])
+        self.transform = tile_transform(config["size"], config["mean"], config["std"])
+        self.preprocess = self.transform
         self.eval()
 
     @torch.inference_mode()
@@ -174,10 +169,10 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             classifier = cls(config)
             load_model(classifier, weights)
             return classifier.to(map_location)
-        except Exception as error:  # no such file, a broken one, other weights, no such device
-            raise ValueError(f"{source}: no classifier could be loaded ({_reason(error)})\n"
-                             "expected a run's folder, or config.json and model.safetensors in a "
-                             "folder or a hub repository") from None
+        except Exception as error:  # of files, weights, the hub, the device
+            raise ValueError(
+                f"{source}: no classifier could be loaded ({_reason(error)})\nexpected a run's "
+                "folder, or config.json and model.safetensors in a folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
         result, folder = super().save_pretrained(save_directory, **kwargs), Path(save_directory)
@@ -186,12 +181,12 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         return result
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        """The mixin calls this where it saves and uploads."""
-        licence, backbone_id = self.config["licence"], self.config["backbone_id"]
-        data = ModelCardData(license="other", license_name=licence.replace(" ", "-"),
-                             pipeline_tag="image-classification", tags=["histopathology"])
+        """Of what is saved and uploaded."""
+        name = self.config["licence"].replace(" ", "-")
+        data = ModelCardData(license="other", license_name=name, tags=["histopathology"],
+                             pipeline_tag="image-classification")
         return ModelCard.from_template(data, template_str=CARD, **self.config,
-                                       repo=BACKBONES.get(backbone_id, {}).get("repo"))
+                                       row=BACKBONES.get(self.config["backbone_id"]))
 
 
 CARD = """---
@@ -199,25 +194,26 @@ CARD = """---
 ---
 # Tile classifier: {{ classes | join(", ") }}
 
-For research only: it is no medical device and must not guide the care of a patient. No text,
-tokenizer or text model is in it. In this folder, beside clipit.py and lora.py:
+For research only: it is no medical device and must not guide the care of a patient. No text or
+text model is in it. In this folder, beside clipit.py and lora.py:
 
     from PIL import Image
     from clipit import Classifier
     Classifier.from_pretrained(".").predict([Image.open("tile.png")])  # (1, {{ classes | length }})
 
-- **Backbone**: `{{ backbone_id }}`{% if repo %} (https://huggingface.co/{{ repo }}){% endif %}.
-  Licence of its weights: **{{ licence }}**; read it before you share this file, made of them.
+- **Backbone**: `{{ backbone_id }}`
+{%- if row %} (https://huggingface.co/{{ row.source.hf_hub_id }}){% endif %}.
+  Licence of its weights: **{{ licence }}**; read it before you share what is made of them.
 - **Tiles**: {{ run.side or "unknown" }} pixels, {{ run.mpp or "unknown" }} micrometres per pixel.
 {%- if run.data %}
 - **Data**: {{ run.data }}; licence: {{ run.licence }}.
 {%- if run.reports %}
-- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`. Terms of
-  a CLIP model can cover what is trained on its outputs; CONCH's do.
+- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`, whose
+  terms can cover what is trained on its outputs; CONCH's do.
 {%- endif %}
 - **Balanced accuracy** on {{ run.test_tiles }} test tiles: {{ run.variant }}, this classifier,
   {{ "%.2f" | format(100 * run.metrics.balanced_accuracy) }} %; unimodal, on the frozen backbone,
-  {{ "%.2f" | format(100 * run.unimodal.balanced_accuracy) }} %. config.json has more figures.
+  {{ "%.2f" | format(100 * run.unimodal.balanced_accuracy) }} %.
 {%- endif %}
 """
 
@@ -226,31 +222,32 @@ tokenizer or text model is in it. In this folder, beside clipit.py and lora.py:
 
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 OPTIMUS = dict(mean=[0.707223, 0.578729, 0.703617], std=[0.211883, 0.230117, 0.177517])
+HALF = dict(mean=[0.5] * 3, std=[0.5] * 3)
 CC, GIANT = "cc-by-nc-nd-4.0", "vit_giant_patch14_reg4_dinov2"
 VIRCHOW = dict(img_size=224, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375,
                no_embed_class=False, global_pool="cls+mean")
 
 
 def _row(repo, licence, gated, statistics, architecture, **args) -> dict:
-    return dict(repo=repo, licence=licence, gated=gated, architecture=architecture, args=args,
-                **statistics)
+    source = dict(hf_hub_id=repo, license=licence, input_size=(3, 224, 224), num_classes=0)
+    return dict(gated=gated, architecture=architecture, args=args, source=source | statistics)
 
 
-def _kaiko(published, architecture, **args) -> dict:
-    return _row(f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms",
-                "kaiko-non-commercial", False, dict(mean=[0.5] * 3, std=[0.5] * 3), architecture,
-                dynamic_img_size=True, **args)
+def _kaiko(architecture, **args) -> dict:
+    published = architecture.replace("dinov2", "224")
+    return _row(f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", "kaiko-non-commercial",
+                False, HALF, architecture, dynamic_img_size=True, **args)
 
 
 BACKBONES = {  # the paper's six by the authors' names, then newer ones
     "UNI": _row("MahmoodLab/UNI", CC, True, IMAGENET, "vit_large_patch16_224", init_values=1e-5,
                 dynamic_img_size=True),
     # the paper's "DINO"; its positions are for 518 pixels and resampled to 224 in each forward pass
-    "DINOL14": _kaiko("vit_large_patch14_reg4_224", "vit_large_patch14_reg4_dinov2", img_size=518),
-    "VITS_8": _kaiko("vit_small_patch8_224", "vit_small_patch8_224"),
-    "VITS_16": _kaiko("vit_small_patch16_224", "vit_small_patch16_224"),
-    "VITB_8": _kaiko("vit_base_patch8_224", "vit_base_patch8_224"),
-    "VITB_16": _kaiko("vit_base_patch16_224", "vit_base_patch16_224"),
+    "DINOL14": _kaiko("vit_large_patch14_reg4_dinov2", img_size=518),
+    "VITS_8": _kaiko("vit_small_patch8_224"),
+    "VITS_16": _kaiko("vit_small_patch16_224"),
+    "VITB_8": _kaiko("vit_base_patch8_224"),
+    "VITB_16": _kaiko("vit_base_patch16_224"),
     "UNI2-h": _row("MahmoodLab/UNI2-h", CC, True, IMAGENET, GIANT, img_size=224, depth=24,
                    num_heads=24, reg_tokens=8),
     "Virchow": _row("paige-ai/Virchow", "apache-2.0", True, IMAGENET, GIANT, reg_tokens=0,
@@ -270,70 +267,74 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
     """A timm model without its classifier, in eval mode: images (B, 3, H, W) -> v (B, D).
 
     name: a key of BACKBONES, a timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for
-    the published ones, a .pth, .bin or .safetensors file, or "none" for random ones; size: pixels
-    of a tile, None for the model's own. Raises ValueError. Beside it are num_features, D;
-    preprocess, PIL image -> its input; recipe, of which the Classifier builds it.
+    the published ones, "none" for random ones, or a .pth, .bin or .safetensors file; size: pixels
+    of a tile, None for the model's own. Its num_features is D; preprocess: PIL image -> its input;
+    recipe: what the Classifier rebuilds it of. Raises ValueError.
     """
-    row, (source, _, place) = BACKBONES.get(name), name.partition(":")
-    config, architecture, args = None, name, {}
+    given = f"--model {name}" + (f" --weights {weights}" if weights else "")
+    given += f" --tile-size {size}" if size else ""
     try:
-        if row:
-            architecture, args = row["architecture"], row["args"]
-            config = dict(hf_hub_id=row["repo"], license=row["licence"], mean=row["mean"],
-                          std=row["std"], input_size=(3, 224, 224), num_classes=0)
-        elif source == "hf-hub":
-            config, architecture, args = _hub.load_model_config_from_hf(place)
-        elif source == "local-dir":
-            config, architecture, args = _hub.load_model_config_from_path(place)
+        source, architecture, args = find_backbone(name)
         args = dict(args or {}, num_classes=0)
         if size:
             args["img_size"] = size
-        backbone = build_backbone(architecture, args, weights is None, config)
+        backbone = build_backbone(architecture, args, weights is None, source)
         if weights not in (None, "none"):
             load_weights(backbone, architecture, args, weights)
         data = timm.data.resolve_model_data_config(backbone)
-        recipe = dict(architecture=architecture, model_args=args, mean=list(data["mean"]),
-                      std=list(data["std"]), size=size or data["input_size"][-1],
-                      backbone_id=name, licence="see the backbone")
+        size, mean, std = size or data["input_size"][-1], list(data["mean"]), list(data["std"])
+        backbone.preprocess = tile_transform(size, mean, std)
         with torch.no_grad():
-            v = backbone(torch.zeros(1, 3, recipe["size"], recipe["size"]))
+            v = backbone(torch.zeros(1, 3, size, size))
         if v.ndim != 2:
             raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
     except Exception as error:  # timm and the hub raise of all kinds
-        given = f"--model {name}" + (f" --weights {weights}" if weights else "")
-        given += f" --tile-size {size}" if size else ""
         raise ValueError(
             f"{given}: could not be loaded ({_reason(error)})\nchoose {', '.join(BACKBONES)}, a "
-            "timm id, hf-hub:org/model or local-dir:folder with timm's config.json, or give "
-            "--weights FILE; for a gated one ask on its page, such as "
-            "https://huggingface.co/MahmoodLab/UNI, then `hf auth login`") from None
-    if row or not weights:  # a local file under another name can be anyone's
-        recipe["licence"] = backbone.pretrained_cfg.get("license") or "see the backbone"
-    if source == "local-dir":  # nobody's folders are published
-        recipe["backbone_id"] = f"local-dir:{Path(place).name}"
+            "timm id, hf-hub:org/model or local-dir:folder with timm's config.json, or --weights "
+            "FILE; ask for a gated one on its page, as https://huggingface.co/MahmoodLab/UNI, then "
+            "`hf auth login`") from None
+    licence = None  # of a local file under another name: it can be anyone's
+    if name in BACKBONES or not weights:
+        licence = backbone.pretrained_cfg.get("license")
+    if name.startswith("local-dir:"):
+        name = "local-dir:" + Path(name.partition(":")[2]).name  # nobody's folders are published
     grid = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if grid:  # of the positions; the architecture's own may differ
         args["img_size"] = grid[0]
-    backbone.num_features = v.shape[1]  # timm's own is that of the last stage, not always of v
-    backbone.preprocess = tile_transform(recipe["size"], recipe["mean"], recipe["std"])
-    backbone.recipe = recipe
+    backbone.num_features = v.shape[1]  # timm's is that of the last stage, not always of v
+    backbone.recipe = dict(architecture=architecture, model_args=args, size=size, mean=mean,
+                           std=std, backbone_id=name, licence=licence or "see the backbone")
     return backbone
 
 
-def build_backbone(architecture: str, args: dict, pretrained=False, config=None) -> nn.Module:
+def find_backbone(name: str) -> tuple[dict | None, str, dict]:
+    """timm's pretrained_cfg (None: its own), architecture and arguments."""
+    if name in BACKBONES:
+        row = BACKBONES[name]
+        return row["source"], row["architecture"], row["args"]
+    kind, _, place = name.partition(":")
+    if kind == "hf-hub":
+        return _hub.load_model_config_from_hf(place)
+    if kind == "local-dir":
+        return _hub.load_model_config_from_path(place)
+    return None, name, {}
+
+
+def build_backbone(architecture: str, args: dict, pretrained=False, source=None) -> nn.Module:
     """The timm model in eval mode; nothing in args fetches or runs anything."""
     if not timm.is_model(architecture):  # "hf-hub:...", a path
         raise ValueError(f"architecture {architecture}: expected a name of timm's")
     for key, value in args.items():
         if isinstance(value, int) and value > 10_000:
             raise ValueError(f"{key} is {value}; expected at most 10,000")
-    pool = args.get("global_pool")
-    if pool == "cls+mean":  # timm has no such pooling
+    pooled = args.get("global_pool") == "cls+mean"
+    if pooled:  # timm has no such pooling
         args = dict(args, global_pool="")
     # An argument that is given here cannot be in args, too
-    backbone = timm.create_model(architecture, pretrained=pretrained, pretrained_cfg=config,
+    backbone = timm.create_model(architecture, pretrained=pretrained, pretrained_cfg=source,
                                  checkpoint_path=None, **args)
-    if pool == "cls+mean":
+    if pooled:
         backbone.head = ClassAndMean(backbone.num_prefix_tokens)
     return backbone.eval()
 
@@ -361,10 +362,10 @@ def load_weights(backbone: nn.Module, architecture: str, args: dict, path) -> No
 
 
 def tile_transform(size: int, mean, std):
-    """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. There is
-    no crop_pct: a tile's border is tissue like its centre."""
-    numbers = [x for x in (*mean, *std) if isinstance(x, (int, float))]
-    if len(mean) != 3 or len(std) != 3 or len(numbers) != 6:
+    """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. No
+    crop_pct: a tile's border is tissue like its centre."""
+    numbers = all(isinstance(x, (int, float)) for x in (*mean, *std))
+    if not numbers or len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean {mean}, std {std}; expected three numbers each")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
@@ -381,13 +382,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def whole(path: Path):
-    """A temporary path beside `path`; what is written there takes its place in the end, whole, and
-    after an error or a signal not at all."""
+    """A temporary path; what is written there takes the place of `path` in the end, and after an
+    error or a signal not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
         part = Path(folder, path.name)
         yield part
-        os.replace(part, path)
+        part.replace(path)
 
 
 def _reason(error: Exception) -> str:
@@ -408,16 +409,16 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.images and not args.wsinfer:
         parser.error("images: expected files or folders")
-    if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
-        raise ValueError(f"--csv {args.csv}: expected a file in a folder that exists")
+    if args.csv and Path(args.csv).is_dir():
+        raise ValueError(f"--csv {args.csv}: expected a file")
 
-    classifier = Classifier.from_pretrained(args.model, map_location=args.device)
+    classifier = Classifier.from_pretrained(args.model)
     if args.wsinfer:
-        write_wsinfer(classifier.cpu(), Path(args.wsinfer))
-        classifier.to(args.device)
+        write_wsinfer(classifier, Path(args.wsinfer))
     if not args.images:
         return 0
-    paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], False
+    classifier.to(args.device)
+    paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], 0
     for path in map(Path, args.images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not inside and not path.is_file():
@@ -430,37 +431,36 @@ def main(argv=None) -> int:
                 images.append(to_rgb(Image.open(path)))
                 readable.append(path)
             except Exception as error:  # PIL raises of all kinds, each format its own
-                unreadable = True
+                unreadable = 1
                 print(f"clipit.py: {path}: not a readable image ({error})", file=sys.stderr)
         probabilities = classifier.predict(images).tolist() if images else []
         for path, p in zip(readable, probabilities):
             rows.append([path, classifier.classes[p.index(max(p))], *(f"{x:.6f}" for x in p)])
-    if not args.csv:
+    if args.csv:
+        with whole(Path(args.csv)) as part, open(part, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    else:
         csv.writer(sys.stdout).writerows(rows)
-        return int(unreadable)
-    with whole(Path(args.csv)) as part, open(part, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return int(unreadable)
+    return unreadable
 
 
 def write_wsinfer(classifier: Classifier, folder: Path) -> None:
     """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer reads them."""
     config, run = classifier.config, classifier.config["run"] or {}
-    if not run.get("mpp") or not run.get("side"):
-        raise ValueError("--wsinfer: the classifier does not know the micrometres per pixel or the "
-                         "side of a tile; train with --mpp on tiles of one size")
+    side, mpp, size = run.get("side"), run.get("mpp"), config["size"]
+    if not side or not mpp:
+        raise ValueError("--wsinfer: the side of a tile or its micrometres per pixel are unknown; "
+                         "train with --mpp on tiles of one size")
     if folder.exists():
         raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
-    transform = [{"name": "Resize", "arguments": {"size": config["size"]}}, {"name": "ToTensor"},
-                 {"name": "Normalize", "arguments": {"mean": config["mean"], "std": config["std"]}}]
-    if run["side"] == config["size"]:
-        del transform[0]
-    wsinfer = {"spec_version": "1.0", "architecture": config["backbone_id"],
-               "num_classes": len(classifier.classes), "class_names": classifier.classes,
-               "patch_size_pixels": run["side"], "spacing_um_px": run["mpp"],
-               "transform": transform}
-    images = torch.zeros(1, 3, config["size"], config["size"])
-    traced = torch.jit.freeze(torch.jit.trace(classifier, images))
+    normalize = dict(mean=config["mean"], std=config["std"])
+    transform = [dict(name="ToTensor"), dict(name="Normalize", arguments=normalize)]
+    if side != size:
+        transform.insert(0, dict(name="Resize", arguments=dict(size=size)))
+    wsinfer = dict(spec_version="1.0", architecture=config["backbone_id"], transform=transform,
+                   num_classes=len(classifier.classes), class_names=classifier.classes,
+                   patch_size_pixels=side, spacing_um_px=mpp)
+    traced = torch.jit.freeze(torch.jit.trace(classifier, torch.zeros(1, 3, size, size)))
     with whole(folder) as part:
         part.mkdir()
         traced.save(part / "torchscript_model.pt")
@@ -474,6 +474,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("clipit.py: stopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # torch's: no such device, out of memory
         print(f"clipit.py: {error}", file=sys.stderr)
         sys.exit(2)

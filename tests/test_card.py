@@ -37,7 +37,7 @@ def test_config_and_card_tell_of_the_run(argv, world):
         assert f"{100 * metrics['rows'][row]['balanced_accuracy']:.2f} %" in card
     assert (run["data"], run["reports"], run["clip_model"]) == ("tiles", "reports.txt",
                                                                 "local-dir:clip")
-    for said in ("For research only", "No text,\ntokenizer or text model is in it", "**mit**",
+    for said in ("For research only", "No text or\ntext model is in it", "**mit**",
                  f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
                  "`reports.txt`, paired with the tiles by `local-dir:clip`"):
         assert said in card
@@ -66,8 +66,9 @@ def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence)
     assert "**Tiles**: unknown pixels, unknown micrometres per pixel" in card
     assert data.pipeline_tag == "image-classification" and f"**{licence}**" in card
     if name in BACKBONES:
-        assert BACKBONES[name]["licence"] == licence
-        assert f"`{name}` (https://huggingface.co/{BACKBONES[name]['repo']})" in card
+        source = BACKBONES[name]["source"]
+        assert source["license"] == licence
+        assert f"`{name}` (https://huggingface.co/{source['hf_hub_id']})" in card
 
 
 def test_the_cards_example_runs_in_the_saved_folder_that_follows_the_umask(tmp_path, monkeypatch):

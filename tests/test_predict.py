@@ -146,7 +146,6 @@ def test_what_is_not_there_is_named(call, tmp_path, monkeypatch):
                         (["a/b/c", "tiles"], "a/b/c: no classifier could be loaded (FileNotFound"),
                         (["org/model", "tiles"], "Error: the hub cannot be reached)"),
                         (["run", "tiles", "--csv", "empty"], "--csv empty: expected a file"),
-                        (["run", "tiles", "--csv", "no/x.csv"], "--csv no/x.csv: expected a file"),
                         (["run", "tiles", "--batch", "0"], "batch_size should be a positive"),
                         (["run", "tiles", "--batch", "x"], "--batch: invalid int value: 'x'"),
                         (["run"], "images: expected files or folders")):
