@@ -9,9 +9,9 @@ Hu et al. 2021, arXiv 2106.09685, eq. 3. A or B starts at zero: injection change
     h = W x + s * B A x    s = alpha / rank; W (out, in) frozen; A (rank, in), B (out, rank) trained
 
 `forward` runs the branch, base(x) + s * B(A(x)): cheaper than the sum W + s*B*A, where bf16 would
-round a small s*B*A away. `weight` is the sum, for code that reads it and never calls the layer:
-nn.MultiheadAttention (out_proj), nn.TransformerEncoderLayer in eval. Given W there, an adapter does
-nothing, without an error (as in the authors' runs). Not adapted: bare Parameters (in_proj_weight).
+round a small s*B*A away. `weight` is the sum, for code that reads it and never calls the layer
+(nn.MultiheadAttention's out_proj, nn.TransformerEncoderLayer in eval): given W, an adapter there
+does nothing, without an error, as in the authors' runs. Bare Parameters (in_proj_weight) stay.
 """
 import copy
 import math
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 class _LoRA(nn.Module):
     """What the layers share. Each is a subclass of what it adapts, for code (open_clip's SigLIP)
-    that asks isinstance(layer, nn.Linear); parameters and settings of that class are in `base`."""
+    that asks isinstance(layer, nn.Linear); what makes up that class is in `base`."""
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: float = 0.0):
         _check(base, self.adapts, rank, alpha, dropout)
@@ -35,7 +35,7 @@ class _LoRA(nn.Module):
         self.scale = alpha / rank  # s; with //, alpha 4 and rank 16 would switch it off
         with torch.device(base.weight.device):
             a, b = self.start()
-        # fp32 under any base: an optimizer step on a bf16 A or B is often below its rounding
+        # fp32 under any base: an optimizer's step on a bf16 A or B is often below its rounding
         self.lora_A, self.lora_B = nn.Parameter(a.float()), nn.Parameter(b.float())
 
     @property
@@ -47,7 +47,7 @@ class _LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.base).forward is not self.adapts.forward:
-            # A subclass with its own arithmetic (timm's StdConv2d) has to see the whole weight
+            # A subclass with its own arithmetic (timm's StdConv2d) needs the whole weight
             return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
         return self.add_branch(x)
 
@@ -59,9 +59,6 @@ class _LoRA(nn.Module):
             if name == "weight":  # its sum failed: never hand out the frozen W
                 raise
             return getattr(super().__getattr__("base"), name)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
 
 
 class LoRALinear(_LoRA, nn.Linear):
@@ -116,7 +113,7 @@ class LoRAConv2d(_LoRA, nn.Conv2d):
 
 class LoRAEmbedding(_LoRA, nn.Embedding):
     """ids (...) -> (..., dim). A (rank, V) starts at zero, B (dim, rank) at N(0, 1). The row of
-    `padding_idx` stays that of W. Dropout drops the whole branch of a token: an id has no parts."""
+    `padding_idx` stays that of W. Dropout drops a token's whole branch: an id has no parts."""
 
     adapts = nn.Embedding
 
@@ -146,42 +143,41 @@ def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: f
                 targets: Iterable[str] = tuple(TARGETS), skip: Iterable[str] = ()) -> list[str]:
     """Freeze `model`, put an adapter on each targeted layer and return their names.
 
-    skip: modules left alone with all they contain. A layer of several names gets one adapter.
-    Raises ValueError, the model unchanged, for what cannot be right.
+    skip: names of modules left alone with all they contain. A layer of several names gets one
+    adapter. ValueError, the model unchanged, for what cannot be right.
     """
     targets, skipped = tuple(targets), set()
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"unknown target {target!r}; choose from {', '.join(TARGETS)}")
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"unknown target {unknown}; choose from {', '.join(TARGETS)}")
     for name in skip:
         skipped.update(model.get_submodule(name).modules())
 
-    layers = {}  # layer -> (name, class of its adapter)
+    names, kinds = {}, {}  # layer -> its name, the class of its adapter
     for name, module in model.named_modules():
         if isinstance(module, _LoRA):
             raise ValueError(f"LoRA is in the model already, at {name!r}; inject once")
-        for target in targets:
-            kind = TARGETS[target]
-            if isinstance(module, kind.adapts) and module not in skipped:
+        if module in skipped:
+            continue
+        for kind in map(TARGETS.get, targets):
+            if isinstance(module, kind.adapts):
                 _check(module, kind.adapts, rank, alpha, dropout, name)
-                layers[module] = name, kind
-    if not layers or model in layers:
+                names[module], kinds[module] = name, kind
+    if not names or model in names:
         raise ValueError(f"no layer to adapt inside {type(model).__name__} by {targets=}; "
                          "a lone layer: model = LoRALinear(model, rank, alpha)")
-    for module, (name, _) in layers.items():
+    for module, name in names.items():
         for other, owner in model.named_modules():  # a head tied to an embedding
             if owner is not module and module.weight in set(owner.parameters(recurse=False)):
                 warnings.warn(f"{name} shares its weight with {other} but not its adapter; "
                               "skip both to keep the tie", stacklevel=2)
 
     model.requires_grad_(False)
-    adapters = {module: kind(module, rank, alpha, dropout) for module, (_, kind) in layers.items()}
-    _replace(model, adapters)
-    return [name for name, _ in layers.values()]
+    _replace(model, {module: kinds[module](module, rank, alpha, dropout) for module in names})
+    return list(names.values())
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of each adapter's lora_A, lora_B and scale (it tells a wrong alpha)."""
+    """Copies of each adapter's lora_A, lora_B and scale (which tells a wrong alpha)."""
     state = {}
     for name, module in model.named_modules():  # an adapter with several names is listed once
         if isinstance(module, _LoRA):
@@ -193,14 +189,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy a `lora_state_dict` into a model injected alike. ValueError: other keys or scale."""
-    expected = lora_state_dict(model)
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unexpected:
-        raise ValueError(f"LoRA state: missing {sorted(missing)[:3]}, unexpected "
-                         f"{sorted(unexpected)[:3]}; inject as for its model")
-    for key, ours in expected.items():
-        if key.endswith("scale") and not torch.isclose(ours, state[key], rtol=1e-3):
-            raise ValueError(f"{key} (alpha / rank) is {state[key]:g}, the model's {ours:g}")
+    ours = lora_state_dict(model)
+    if differ := sorted(ours.keys() ^ state.keys()):
+        raise ValueError(f"LoRA state and model differ in {differ[:3]}; inject as for its model")
+    for key in ours:
+        if key.endswith("scale") and not torch.isclose(ours[key], state[key], rtol=1e-3):
+            raise ValueError(f"{key} (alpha / rank) is {state[key]:g}, the model's {ours[key]:g}")
     model.load_state_dict(state, strict=False)  # the base's keys are not in it
 
 
@@ -220,16 +214,17 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _check(base: nn.Module, kind: type, rank, alpha, dropout, name: str = "base") -> None:
     if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
-        raise ValueError(f"{rank=}, {alpha=}, {dropout=}; expected an integer above 0, a number "
-                         "above 0, and 0 to below 1")
-    layer = f"{name} ({type(base).__name__})"
+        raise ValueError(f"{rank=}, {alpha=}, {dropout=}; expected integer >= 1, > 0, [0, 1)")
+    reason = None
     if base._parameters.get("weight") is None:
-        raise ValueError(f"{layer} has a computed weight, nothing to merge into; skip it")
-    if dropout and type(base).forward is not kind.forward:
-        raise ValueError(f"{layer} has its own forward, no place for dropout; skip it")
+        reason = "a computed weight, nothing to merge into"
+    elif dropout and type(base).forward is not kind.forward:
+        reason = "its own forward, no place for dropout"
     for setting in ("max_norm", "scale_grad_by_freq", "sparse"):  # an Embedding's
         if getattr(base, setting, None):
-            raise ValueError(f"{layer} has {setting}, which is blind to s*B*A; skip it")
+            reason = f"{setting}, which is blind to s*B*A"
+    if reason:
+        raise ValueError(f"{name} ({type(base).__name__}) has {reason}; skip it")
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

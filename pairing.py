@@ -1,11 +1,11 @@
-"""Pair tiles with reports they never came with: each gets the report of highest cosine under CLIP.
+"""Pair tiles with reports they never came with: each gets the report of highest cosine by CLIP.
 
     from pairing import load_clip, embed_images, embed_texts, nearest_text
     clip = load_clip("conch")  # or "quilt", any open_clip id, "local-dir:folder"
     index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))
 
-Travels alone. psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j, both
-of length 1, psi(i) = argmax_j <v_i, t_j>. It sees no labels; one report may serve many tiles.
+Travels alone. psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j,
+psi(i) = argmax_j cos(v_i, t_j). It sees no labels; one report may serve many tiles.
 
 CONCH: Lu et al. 2024, "A visual-language foundation model for computational pathology", Nature
 Medicine. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
@@ -13,9 +13,9 @@ Medicine. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
 import hashlib
 import json
 import logging
-import os
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Callable
 
@@ -29,22 +29,23 @@ from tqdm import tqdm
 def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """psi: the report of highest cosine for every tile, (index LongTensor (N,), similarity (N,)).
 
-    image_emb (N, dim), text_emb (M, dim), of length 1; of equal cosines the first wins. Raises
-    ValueError for features that do not fit together, are not finite, or where there are none.
+    image_emb (N, dim), text_emb (M, dim), of length 1; the first of equal cosines wins. ValueError
+    for features that do not fit together or are not finite, and for no reports.
     """
     if image_emb.shape[1:] != text_emb.shape[1:] or text_emb.ndim != 2 or len(text_emb) == 0:
         raise ValueError(f"nearest_text: expected (N, dim) and (M > 0, dim), got "
                          f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}")
     n, text_emb, device = len(image_emb), text_emb.float(), text_emb.device
-    # one block is written over and over: there is no N x M matrix, and memory stays flat
+    # Written over for each chunk: there is no N x M matrix, and memory stays flat
     cosine = torch.empty(min(chunk, n), len(text_emb), device=device)  # (chunk, M)
     index = torch.empty(n, dtype=torch.long, device=device)  # (N,)
     similarity = torch.empty(n, device=device)  # (N,)
     for start in range(0, n, chunk):
-        images = image_emb[start:start + chunk].float().to(device)
-        rows = slice(start, start + len(images))
-        torch.mm(images, text_emb.T, out=cosine[:len(images)])
-        torch.max(cosine[:len(images)], dim=1, out=(similarity[rows], index[rows]))
+        rows = slice(start, start + chunk)
+        images = image_emb[rows].float().to(device)
+        block = cosine[:len(images)]
+        torch.mm(images, text_emb.T, out=block)
+        torch.max(block, dim=1, out=(similarity[rows], index[rows]))
     if not similarity.isfinite().all():
         raise ValueError("nearest_text: the features hold NaN or infinity")
     return index.cpu(), similarity.cpu()
@@ -71,14 +72,14 @@ class Clip:
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
     """(N, dim) fp32 features of length 1, in order, on the CPU. An item of `dataset` is an image
-    from clip.preprocess, or a tuple that begins with one: labels are not read."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers,
-                                         pin_memory=clip.device.type == "cuda")
+    from clip.preprocess, or a tuple that begins with one."""
     features = []
-    for batch in tqdm(loader, "embed tiles", leave=False, disable=None):
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch  # (B, 3, H, W)
-        features.append(clip.encode_image(images.to(clip.device, non_blocking=True)))
-    return torch.cat(features).cpu()
+    loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
+    for images in tqdm(loader, "embed tiles", leave=False, disable=None):
+        if not isinstance(images, Tensor):
+            images = images[0]  # (B, 3, H, W); labels are not read
+        features.append(clip.encode_image(images.to(clip.device)).cpu())
+    return torch.cat(features)
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
 # ---- Models by name -----------------------------------------------------------------------------
 
 CLIPS = {  # short name: hub id, open_clip's name of the architecture
-    "conch": None,  # open_clip has no such architecture: load_conch
+    "conch": None,  # not one of open_clip's: load_conch
     "quilt": ("hf-hub:wisdomik/QuiltNet-B-32", "ViT-B-32"),
     "quilt16": ("hf-hub:wisdomik/QuiltNet-B-16", "ViT-B-16"),
 }
@@ -104,7 +105,7 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     """A CLIP model, frozen, in eval mode. Raises ValueError where it cannot be had.
 
     name: a key of CLIPS, "hf-hub:org/model", "local-dir:folder" or "ViT-B-32/openai"; weights: a
-    local checkpoint or "none" (random); tokenizer: CONCH's tokenizer file, unused by other models.
+    local checkpoint or "none" (random); tokenizer: CONCH's tokenizer file.
     """
     logging.disable(logging.WARNING)  # open_clip's "initialized randomly": so it was asked for
     try:
@@ -113,13 +114,13 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
         else:
             model, preprocess, tokenize = load_open_clip(name, weights)
     except Exception as error:  # open_clip and the hub raise of all kinds
-        local = f" --clip-weights {weights}" if weights else ""
+        flags = f"--clip-model {name}" + (f" --clip-weights {weights}" if weights else "")
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"--clip-model {name}{local}: could not be loaded ({type(error).__name__}: {reason})\n"
+            f"{flags}: could not be loaded ({type(error).__name__}: {reason})\n"
             f"choose {', '.join(CLIPS)}, hf-hub:org/model, local-dir:folder or ViT-B-32/openai, or "
-            "give --clip-weights FILE; conch needs access from https://huggingface.co/MahmoodLab/"
-            "CONCH and `hf auth login`") from None
+            "give --clip-weights FILE; conch: ask at https://huggingface.co/MahmoodLab/CONCH, then "
+            "`hf auth login`") from None
     finally:
         logging.disable(logging.NOTSET)
     model.eval().requires_grad_(False).to(device)
@@ -132,39 +133,39 @@ def load_open_clip(name: str, weights=None):
     """(model, preprocess, tokenize) of an open_clip model."""
     import open_clip
     from huggingface_hub import hf_hub_download
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    model_id, architecture = CLIPS.get(name, (name, name))
+    source, architecture = CLIPS.get(name, (name, name))
     if weights:  # then quilt needs nothing from the hub
-        model_id = architecture
-    tag, tokenizer_id = "", None
-    if model_id.startswith("hf-hub:"):  # its folder in the hub's cache is a local-dir
-        repo, _, revision = model_id.removeprefix("hf-hub:").partition("@")
+        source = architecture
+    kind, _, place = source.partition(":")
+    tag, tokenizer = "", None
+    if kind == "hf-hub":  # its folder in the hub's cache is a local-dir
+        repo, _, revision = place.partition("@")
         config = Path(hf_hub_download(repo, "open_clip_config.json", revision=revision or None))
         if "hf_tokenizer_name" in harmless_config(config)["text_cfg"]:
-            tokenizer_id = model_id  # that one lies elsewhere
+            tokenizer = source  # that one lies elsewhere
         if not weights:
             open_clip.pretrained.download_pretrained_from_hf(repo, revision=revision or None)
-        model_id = f"local-dir:{config.parent}"
-    elif model_id.startswith("local-dir:"):
-        harmless_config(Path(model_id.removeprefix("local-dir:"), "open_clip_config.json"))
+        source = f"local-dir:{config.parent}"
+    elif kind == "local-dir":
+        harmless_config(Path(place, "open_clip_config.json"))
     else:
-        model_id, _, tag = model_id.partition("/")
-    known = open_clip.get_pretrained_cfg(model_id, tag)
-    images = {f"image_{key}": known.get(key)
-              for key in ("mean", "std", "interpolation", "resize_mode")}
+        source, _, tag = source.partition("/")
+    known = open_clip.get_pretrained_cfg(source, tag)  # of the tag: activation, mean, std ...
     # force_custom_text keeps the text tower a module of its own, as LoRA and training need it
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        model_id, None if weights else tag, load_weights=not weights,
-        require_pretrained=not weights, force_custom_text=True, pretrained_text=False,
-        force_quick_gelu=known.get("quick_gelu", False), **images)
+    model = open_clip.create_model(
+        source, None if weights else tag, load_weights=not weights, require_pretrained=not weights,
+        force_custom_text=True, pretrained_text=False, force_preprocess_cfg=known,
+        force_quick_gelu=known.get("quick_gelu", False))
     if weights not in (None, "none"):
         open_clip.load_checkpoint(model, weights)
-    return model, preprocess, open_clip.get_tokenizer(tokenizer_id or model_id)
+    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    return model, preprocess, open_clip.get_tokenizer(tokenizer or source)
 
 
 def harmless_config(path: Path) -> dict:
-    """The model_cfg of an open_clip_config.json. Raises ValueError where it lets transformers run
-    code from files, or sends timm to another place."""
+    """The model_cfg of a file. ValueError where it runs code from files or sends timm elsewhere."""
     config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     if "trust_remote_code" in json.dumps(config):  # in tokenizer_kwargs, or deeper
         raise ValueError(f"{path} sets trust_remote_code: no code is run from files")
@@ -228,21 +229,18 @@ class ConchVision(nn.Module):
 
 
 class ConchTokenizer:
-    """list[str] -> LongTensor (B, 128): <start_of_text>, up to 125 tokens, <end_of_text>, zeros.
-
-    path: CONCH's file of byte-level BPE, by default the published one; read with the first text.
-    """
+    """list[str] -> LongTensor (B, 128): up to 127 tokens, then zeros. path: CONCH's file of
+    byte-level BPE, by default the published one; read with the first text."""
 
     def __init__(self, path=None):
-        self.path, self.vocab, self.merged = path, {}, {}
+        self.path, self.vocab = path, {}
 
     def __call__(self, texts: list[str]) -> Tensor:
         if not self.vocab:
             self.read()
-        start, end = self.special["<start_of_text>"], self.special["<end_of_text>"]
         rows = torch.zeros(len(texts), 128, dtype=torch.long)
         for row, text in zip(rows, texts):
-            ids = [start, *self.encode(text)[:125], end]
+            ids = [1, *self.encode(text)[:125], 2]  # between <start_of_text> and <end_of_text>
             row[:len(ids)] = torch.tensor(ids)
         return rows
 
@@ -250,7 +248,7 @@ class ConchTokenizer:
         ids = []
         for segment in self.segments.split(text):
             if segment in self.special:
-                ids.append(self.special[segment])
+                ids.append(self.vocab[segment])
                 continue
             # lower case, character by character, and no accents: NFD without marks
             segment = "".join(letter.lower() for letter in unicodedata.normalize("NFD", segment)
@@ -258,11 +256,10 @@ class ConchTokenizer:
             if segment and not segment.startswith(" "):
                 segment = " " + segment
             for word in self.words.findall(segment):
-                if word not in self.merged:
-                    self.merged[word] = self.merge(word)
-                ids += self.merged[word]
+                ids += self.merge(word)
         return ids
 
+    @cache
     def merge(self, word: str) -> list[int]:
         """Byte-pair encoding: the neighbours of lowest rank are joined until no pair is known."""
         symbols = [self.symbols[byte] for byte in word.encode()]
@@ -278,30 +275,31 @@ class ConchTokenizer:
         import regex
         from open_clip.tokenizer import bytes_to_unicode
         file = json.loads(Path(self.path or conch_tokenizer_file()).read_text(encoding="utf-8"))
-        merges, self.vocab = file["model"]["merges"], file["model"]["vocab"]
+        self.vocab, merges = file["model"]["vocab"], file["model"]["merges"]
         self.rank = {tuple(pair.split(" ")): i for i, pair in enumerate(merges)}
-        self.special = {token["content"]: token["id"] for token in file["added_tokens"]}
+        self.special = [token["content"] for token in file["added_tokens"]]
         self.segments = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
         self.words = regex.compile(  # GPT-2's
             r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
         self.symbols = bytes_to_unicode()  # byte -> printable character, GPT-2's too
 
 
-CONCH_TOKENIZER = ("https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conch/open_clip_custom/"
-                   "tokenizers/conch_byte_level_bpe_uncased.json",  # a branch, pinned by its sha256
-                   "a3861e67c64d32670eb6725a8e52d7dbdd2a06646a4a3c7463052ae7110760fb")
+CONCH_TOKENIZER = (  # of a branch, pinned by its sha256
+    "https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conch/open_clip_custom/tokenizers/"
+    "conch_byte_level_bpe_uncased.json",
+    "a3861e67c64d32670eb6725a8e52d7dbdd2a06646a4a3c7463052ae7110760fb")
 
 
 def conch_tokenizer_file() -> Path:
-    """The published tokenizer file (CC BY-NC-ND 4.0), downloaded unless it lies in the cache."""
+    """The published tokenizer file (CC BY-NC-ND 4.0), from torch.hub's cache or the network."""
     url, sha256 = CONCH_TOKENIZER
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache, "clip-it", Path(url).name)
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-        except (OSError, RuntimeError) as error:  # no connection; another file than expected
-            raise ValueError(f"--clip-model conch: its tokenizer could not be downloaded: {error}\n"
-                             f"put {url} at {path}, or take --clip-model quilt") from None
+    path = Path(torch.hub.get_dir(), Path(url).name)
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # no connection; another file than expected
+        raise ValueError(f"--clip-model conch: could not download its tokenizer: {error}\n"
+                         f"put {url} at {path}, or take --clip-model quilt") from None
     return path

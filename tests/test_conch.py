@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -59,19 +60,21 @@ def original_weights(seed):
     return state
 
 
-def test_features_equal_the_original_package(tmp_path):
+def test_features_equal_the_original_package(monkeypatch):
     expected = json.loads(shared("data/conch_expected.json").read_text())
-    torch.save({"state_dict": original_weights(expected["seed"])}, tmp_path / "conch.bin")
-    clip = load_clip("conch", weights=tmp_path / "conch.bin")
+    state = original_weights(expected["seed"])  # in memory: a file of them has 0.8 GB
+    monkeypatch.setattr(timm.models, "load_state_dict", lambda path, **settings: state)
+    clip = load_clip("conch", weights="conch.bin")
     assert clip.dim == 512
     generator = torch.Generator().manual_seed(expected["seed"] + 1)
     with torch.inference_mode():
         got = {"text": clip.encode_text(torch.tensor(expected["tokens"]))}
         for size in (448, 224):
             images = torch.randn(2, 3, size, size, generator=generator)
-            got[f"image_{size}"] = clip.encode_image(images)
+            got[f"image_{size}"] = clip.encode_image(images[:1])  # one of two shows it
     for name, features in got.items():
-        torch.testing.assert_close(features, torch.tensor(expected[name]), rtol=0, atol=1e-5)
+        original = torch.tensor(expected[name][:len(features)])
+        torch.testing.assert_close(features, original, rtol=0, atol=1e-5)
 
 
 def test_tokens_equal_the_original_package():
@@ -99,20 +102,14 @@ def test_every_layer_of_the_text_tower_is_adapted_and_every_adapter_acts():
 
 
 @torch.no_grad()
-def test_the_last_column_is_a_placeholder():
-    text, tokens = large(build_conch(**TINY).text), padded(3, 127)
-    expected = text(tokens)
-    tokens[:, -1] = 7
-    assert torch.equal(text(tokens), expected)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("length", [2, 126, 127])
-def test_cls_sees_the_tokens_and_the_first_pad_and_not_itself(length):
-    text, masks = large(build_conch(**TINY).text), []
+def test_cls_sees_the_tokens_and_the_first_pad_and_not_itself_nor_the_last_column(length):
+    text, masks, tokens = large(build_conch(**TINY).text), [], padded(length)
+    expected = text(tokens)
     text.transformer.resblocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True)
-    text(padded(length))
+    tokens[:, -1] = 7  # a placeholder
+    assert torch.equal(text(tokens), expected)
     # Only with no pad left, 127 of 127, the cls sees itself
     assert masks[0].shape == (1, 128, 128)
     assert masks[0][0, -1].isfinite().nonzero().flatten().tolist() == list(range(length + 1))
@@ -232,21 +229,20 @@ def test_byte_pair_encoding(tokenizer_file, text, symbols):
 
 def test_tokenizer_file_is_downloaded_once_and_checked(tmp_path, monkeypatch, tokenizer_file):
     published, _ = tokenizer_file
-    content = published.read_bytes()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content, cached = published.read_bytes(), tmp_path / "torch" / "hub" / "bpe.json"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     url, sha256 = published.as_uri(), hashlib.sha256(content).hexdigest()
     monkeypatch.setattr(pairing, "CONCH_TOKENIZER", (url, sha256))
     for wrong in (content[:-1], None):  # another file, none
         published.unlink() if wrong is None else published.write_bytes(wrong)
-        with pytest.raises(ValueError, match="could not be downloaded") as raised:
+        with pytest.raises(ValueError, match="could not download its tokenizer") as raised:
             ConchTokenizer()(["hello"])
-        remedy = str(raised.value).splitlines()[1]
-        assert f"put {url} at {tmp_path / 'cache' / 'clip-it' / 'bpe.json'}" in remedy
-        assert "--clip-model quilt" in remedy and not list(tmp_path.glob("cache/*/*"))
+        assert f"put {url} at {cached}, or take --clip-model quilt" in str(raised.value)
+        assert not list(cached.parent.iterdir())
     published.write_bytes(content)
     assert ConchTokenizer()(["hello"])[0, 0] == 1
-    (tmp_path / "cache" / "clip-it" / "bpe.json").write_bytes(content[:-1])  # damaged: once more
+    cached.write_bytes(content[:-1])  # damaged: once more
     assert ConchTokenizer()(["hello"])[0, 0] == 1
     published.unlink()
     assert ConchTokenizer()(["hello"])[0, 0] == 1
-    assert [path.name for path in tmp_path.glob("cache/*/*")] == ["bpe.json"]
+    assert list(cached.parent.iterdir()) == [cached]
