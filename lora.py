@@ -28,7 +28,7 @@ class _LoRA(nn.Module):
     that asks isinstance(layer, nn.Linear); what makes up that class is in `base`."""
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: float = 0.0):
-        _check(base, self.adapts, rank, alpha, dropout)
+        _check(base, type(self), rank, alpha, dropout)
         nn.Module.__init__(self)  # nn.Linear's would make a second weight
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
@@ -68,8 +68,8 @@ class LoRALinear(_LoRA, nn.Linear):
 
     def start(self) -> tuple[Tensor, Tensor]:
         a = torch.empty(self.rank, self.base.in_features)
-        b = torch.zeros(self.base.out_features, self.rank)
-        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
+        nn.init.kaiming_uniform_(a, math.sqrt(5))
+        return a, torch.zeros(self.base.out_features, self.rank)
 
     def delta(self) -> Tensor:
         return self.lora_B @ (self.scale * self.lora_A)  # (out, in)
@@ -93,8 +93,8 @@ class LoRAConv2d(_LoRA, nn.Conv2d):
     def start(self) -> tuple[Tensor, Tensor]:
         out_channels, *kernel = self.base.weight.shape  # kernel: in / groups, kh, kw
         a = torch.empty(self.base.groups * self.rank, *kernel)
-        b = torch.zeros(out_channels, self.rank, 1, 1)
-        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
+        nn.init.kaiming_uniform_(a, math.sqrt(5))
+        return a, torch.zeros(out_channels, self.rank, 1, 1)
 
     def delta(self) -> Tensor:
         groups = self.base.groups
@@ -118,8 +118,8 @@ class LoRAEmbedding(_LoRA, nn.Embedding):
     adapts = nn.Embedding
 
     def start(self) -> tuple[Tensor, Tensor]:
-        a = torch.zeros(self.rank, self.base.num_embeddings)
-        return a, torch.randn(self.base.embedding_dim, self.rank)
+        vocabulary, dim = self.base.weight.shape
+        return torch.zeros(self.rank, vocabulary), torch.randn(dim, self.rank)
 
     def delta(self) -> Tensor:
         delta = self.lora_A.T @ (self.scale * self.lora_B).T  # (V, dim)
@@ -143,8 +143,8 @@ def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: f
                 targets: Iterable[str] = tuple(TARGETS), skip: Iterable[str] = ()) -> list[str]:
     """Freeze `model`, put an adapter on each targeted layer and return their names.
 
-    skip: names of modules left alone with all they contain. A layer of several names gets one
-    adapter. ValueError, the model unchanged, for what cannot be right.
+    skip: modules left alone with all they contain. A layer of several names gets one adapter.
+    ValueError, the model unchanged, for what cannot be right.
     """
     targets, skipped = tuple(targets), set()
     if unknown := set(targets) - set(TARGETS):
@@ -156,18 +156,17 @@ def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: f
     for name, module in model.named_modules():
         if isinstance(module, _LoRA):
             raise ValueError(f"LoRA is in the model already, at {name!r}; inject once")
-        if module in skipped:
-            continue
-        for kind in map(TARGETS.get, targets):
-            if isinstance(module, kind.adapts):
-                _check(module, kind.adapts, rank, alpha, dropout, name)
+        for target in targets:
+            kind = TARGETS[target]
+            if isinstance(module, kind.adapts) and module not in skipped:
+                _check(module, kind, rank, alpha, dropout, name)
                 names[module], kinds[module] = name, kind
     if not names or model in names:
         raise ValueError(f"no layer to adapt inside {type(model).__name__} by {targets=}; "
                          "a lone layer: model = LoRALinear(model, rank, alpha)")
     for module, name in names.items():
         for other, owner in model.named_modules():  # a head tied to an embedding
-            if owner is not module and module.weight in set(owner.parameters(recurse=False)):
+            if owner is not module and owner._parameters.get("weight") is module.weight:
                 warnings.warn(f"{name} shares its weight with {other} but not its adapter; "
                               "skip both to keep the tie", stacklevel=2)
 
@@ -189,12 +188,12 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy a `lora_state_dict` into a model injected alike. ValueError: other keys or scale."""
-    ours = lora_state_dict(model)
-    if differ := sorted(ours.keys() ^ state.keys()):
+    expected = lora_state_dict(model)
+    if differ := sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"LoRA state and model differ in {differ[:3]}; inject as for its model")
-    for key in ours:
-        if key.endswith("scale") and not torch.isclose(ours[key], state[key], rtol=1e-3):
-            raise ValueError(f"{key} (alpha / rank) is {state[key]:g}, the model's {ours[key]:g}")
+    for key, ours in expected.items():
+        if key.endswith("scale") and not torch.isclose(ours, state[key], rtol=1e-3):
+            raise ValueError(f"{key} (alpha / rank) is {state[key]:g}, the model's {ours:g}")
     model.load_state_dict(state, strict=False)  # the base's keys are not in it
 
 
@@ -218,7 +217,7 @@ def _check(base: nn.Module, kind: type, rank, alpha, dropout, name: str = "base"
     reason = None
     if base._parameters.get("weight") is None:
         reason = "a computed weight, nothing to merge into"
-    elif dropout and type(base).forward is not kind.forward:
+    elif dropout and type(base).forward is not kind.adapts.forward:
         reason = "its own forward, no place for dropout"
     for setting in ("max_norm", "scale_grad_by_freq", "sparse"):  # an Embedding's
         if getattr(base, setting, None):

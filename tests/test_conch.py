@@ -115,24 +115,20 @@ def test_cls_sees_the_tokens_and_the_first_pad_and_not_itself_nor_the_last_colum
     assert masks[0][0, -1].isfinite().nonzero().flatten().tolist() == list(range(length + 1))
 
 
-def test_keys_and_sizes_are_those_of_the_published_file():
+def test_keys_and_sizes_are_those_of_the_published_file_and_lora_of_the_text_the_authors():
     with torch.device("meta"):
-        state = build_conch().state_dict()
+        model = build_conch()
+    state = model.state_dict()
     assert len(state) == 314  # without logit_scale
     assert sum(value.numel() for value in state.values()) == 197_958_912
+    inject_lora(model.text, rank=16)
+    for part, size in (("token_embedding", 524_400), ("mlp", 1_474_560), ("out_proj", 294_912)):
+        assert size == sum(p.numel() for name, p in model.text.named_parameters()
+                           if "lora_" in name and part in name)
     lines = shared("facts/conch_keys.tsv").read_text().splitlines()[1:]
     ours = {key: "x".join(map(str, value.shape)) for key, value in state.items()}
     assert ours == {key: shape for key, shape, needed in (line.split("\t") for line in lines)
                     if needed == "yes" and key != "logit_scale"}
-
-
-def test_lora_of_the_text_tower_has_the_authors_size():
-    with torch.device("meta"):
-        text = build_conch().text
-        inject_lora(text, rank=16)
-    for part, size in (("token_embedding", 524_400), ("mlp", 1_474_560), ("out_proj", 294_912)):
-        assert size == sum(p.numel() for name, p in text.named_parameters()
-                           if "lora_" in name and part in name)
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
