@@ -172,17 +172,20 @@ def read_reports(source, root="data") -> dict[str, str]:
         name, git_id = REPORTS[source]
         path = Path(root, "reports", name)
         if not path.exists() or _checksum(path, git_id) != git_id:
-            raise FileNotFoundError(f"--reports {source}: {path} is missing or another file; "
-                                    f"remove it, and --download fetches {AUTHORS}/{name}")
+            remedy = f"remove it, and --download fetches {AUTHORS}/{name}"
+            raise FileNotFoundError(f"--reports {source}: {path} is missing or changed; {remedy}")
     try:
         for count, (place, row) in enumerate(_report_rows(path), 1):
+            if path.suffix.lower() == ".jsonl" and row.strip():
+                row = json.loads(row)
             text = row if isinstance(row, str) else row["text"]
             if not isinstance(text, str) or "\0" in text:
                 raise ValueError(f"{text!r:.50}")
             reports.setdefault(text.strip(), place)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"--reports {path}: not UTF-8 without zero bytes, or not a column `text` "
-                         f"({type(error).__name__}: {error}; from {place} on)") from None
+        wanted = "UTF-8 without zero bytes, a report a line or a column `text`"
+        found = f"{type(error).__name__}: {error}; from {place} on"
+        raise ValueError(f"--reports {path}: not {wanted} ({found})") from None
     reports.pop("", None)
     if len(reports) < 2:
         raise ValueError(f"--reports {path}: {len(reports)} distinct report(s), not two or more")
@@ -191,7 +194,7 @@ def read_reports(source, root="data") -> dict[str, str]:
 
 
 def _report_rows(path: Path):
-    """(place, text or row with a column `text`) of each report."""
+    """(place, row of a .csv or line) of each report."""
     kind = path.suffix.lower()
     if path.is_dir():
         for file in sorted(path.rglob("*")):
@@ -208,8 +211,7 @@ def _report_rows(path: Path):
     elif kind in (".txt", ".jsonl"):
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line) if kind == ".jsonl" and line.strip() else line
-                yield f"{path.name} line {number}", row
+                yield f"{path.name} line {number}", line
     else:
         kinds = ".txt, .csv, .jsonl, a folder of .txt"
         raise FileNotFoundError(f"--reports {path}: expected {kinds}, or {', '.join(REPORTS)}")
@@ -297,8 +299,8 @@ def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
     elif part.is_dir():
         names = _class_names(part)
         if names != classes or len(names) < 2:
-            raise ValueError(f"{part}: class folders {names[:20]}; expected two or more, in every "
-                             f"split: {classes[:20]}")
+            raise ValueError(f"{part}: class folders {names[:20]}; expected two or more, the same "
+                             f"in every split: {classes[:20]}")
         try:
             labels = {name: label for label, name in enumerate(names)}
             samples = make_dataset(part, labels, IMG_EXTENSIONS)
@@ -334,8 +336,10 @@ def download(ds, reports, root="data") -> None:
                 _unpack(root / name, root, to, row["gb"])
     if reports in REPORTS:
         name, git_id = REPORTS[reports]
-        with _lock(path := root / "reports" / name):
-            _fetch(f"{AUTHORS}/{name}", path, git_id, LICENCE, gb=0.1)
+        path = root / "reports" / name
+        if not path.exists():
+            with _lock(path):
+                _fetch(f"{AUTHORS}/{name}", path, git_id, LICENCE, gb=0.1)
 
 
 def _lock(path: Path):
@@ -344,7 +348,8 @@ def _lock(path: Path):
     try:
         return FileLock(f"{path}.lock", timeout=0).acquire()
     except OSError as error:  # Timeout is one
-        raise OSError(f"{path}: another process downloads it, or no lock is to be had; {error}")
+        reason = f"another process downloads it, or no lock is to be had; {error}"
+        raise OSError(f"{path}: {reason}") from None
 
 
 def _fetch(url: str, path: Path, expected: str, licence: str, gb: float):
