@@ -68,8 +68,8 @@ class LoRALinear(_LoRA, nn.Linear):
 
     def start(self) -> tuple[Tensor, Tensor]:
         a = torch.empty(self.rank, self.base.in_features)
-        nn.init.kaiming_uniform_(a, math.sqrt(5))
-        return a, torch.zeros(self.base.out_features, self.rank)
+        b = torch.zeros(self.base.out_features, self.rank)
+        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
 
     def delta(self) -> Tensor:
         return self.lora_B @ (self.scale * self.lora_A)  # (out, in)
@@ -93,8 +93,8 @@ class LoRAConv2d(_LoRA, nn.Conv2d):
     def start(self) -> tuple[Tensor, Tensor]:
         out_channels, *kernel = self.base.weight.shape  # kernel: in / groups, kh, kw
         a = torch.empty(self.base.groups * self.rank, *kernel)
-        nn.init.kaiming_uniform_(a, math.sqrt(5))
-        return a, torch.zeros(out_channels, self.rank, 1, 1)
+        b = torch.zeros(out_channels, self.rank, 1, 1)
+        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
 
     def delta(self) -> Tensor:
         groups = self.base.groups
@@ -146,11 +146,10 @@ def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: f
     skip: modules left alone with all they contain. A layer of several names gets one adapter.
     ValueError, the model unchanged, for what cannot be right.
     """
-    targets, skipped = tuple(targets), set()
-    if unknown := set(targets) - set(TARGETS):
+    targets = tuple(targets)
+    if unknown := {*targets} - {*TARGETS}:
         raise ValueError(f"unknown target {unknown}; choose from {', '.join(TARGETS)}")
-    for name in skip:
-        skipped.update(model.get_submodule(name).modules())
+    skipped = {part for name in skip for part in model.get_submodule(name).modules()}
 
     names, kinds = {}, {}  # layer -> its name, the class of its adapter
     for name, module in model.named_modules():
