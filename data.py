@@ -363,7 +363,7 @@ def _fetch(url: str, path: Path, expected: str, licence: str, gb: float):
     try:
         with urlopen(rest, timeout=60) as reply, open(part, "ab") as file:
             if start and reply.status != 206:
-                raise OSError("the server sends the whole file only")
+                raise OSError("the server sends the whole file only; remove it")
             total = start + int(reply.headers["Content-Length"] or 0)
             with tqdm.wrapattr(reply, "read", total, initial=start, disable=None) as stream:
                 _copy(stream, file, gb)
