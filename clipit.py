@@ -129,10 +129,11 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     """A trained ClipIT without its text tower: plain modules, rebuilt from config.json offline.
 
     classes: C names; transform (or preprocess): PIL image -> (3, size, size); forward: images
-    (B, 3, size, size) -> logits (B, C), without a softmax; predict: PIL images -> probabilities;
-    features: images -> v, t-hat. config: a backbone's recipe, ClipIT's sizes, classes, and run, the
-    facts of the training.
+    (B, 3, size, size) -> logits (B, C), no softmax; predict: PIL images -> probabilities; features:
+    images -> v, t-hat. config: a backbone's recipe, ClipIT's sizes, classes, run (for the card).
     """
+
+    FILES = ["config.json", "model.safetensors"]
 
     def __init__(self, config: dict):
         sizes = {key: config[key] for key in ("vision_dim", "text_dim", "kd_layers", "fused")}
@@ -160,10 +161,9 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             if not folder.is_dir():
                 if folder.is_absolute() or len(folder.parts) > 2:
                     raise FileNotFoundError("no such folder")
-                names = ["config.json", "model.safetensors"]
-                folder = Path(snapshot_download(str(source), allow_patterns=names, **kwargs))
-            config = json.loads((folder / "config.json").read_text())
-            weights = folder / "model.safetensors"
+                folder = snapshot_download(str(source), allow_patterns=cls.FILES, **kwargs)
+            config, weights = (Path(folder, name) for name in cls.FILES)
+            config = json.loads(config.read_text())
             with torch.device("meta"):  # other sizes are refused before they take memory
                 cls(config).load_state_dict(load_file(weights), strict=False, assign=True)
             classifier = cls(config)
@@ -175,13 +175,13 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
                 "folder, or config.json and model.safetensors in a folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
-        result, folder = super().save_pretrained(save_directory, **kwargs), Path(save_directory)
-        # safetensors 0.8 writes for the owner alone, the others as the umask says
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        result = super().save_pretrained(save_directory, **kwargs)
+        # The umask holds for weights, too: safetensors 0.8 writes them for the owner alone
+        config, weights = (Path(save_directory, name) for name in self.FILES)
+        shutil.copymode(config, weights)
         return result
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        """Of what is saved and uploaded."""
         name = self.config["licence"].replace(" ", "-")
         data = ModelCardData(license="other", license_name=name, tags=["histopathology"],
                              pipeline_tag="image-classification")

@@ -1,6 +1,7 @@
 """What a saved classifier says of itself: its config.json and its model card."""
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -84,23 +85,20 @@ def test_the_cards_example_runs_in_the_saved_folder_that_follows_the_umask(tmp_p
 
 
 def test_push_to_hub_uploads_three_files_and_two_come_back(monkeypatch, tmp_path):
-    classifier, uploaded = make_classifier(), {}
+    classifier, hub = make_classifier(), tmp_path / "hub"
 
-    def upload_folder(self, folder_path, repo_id, **kwargs):
-        uploaded[repo_id] = files_of(folder_path)
-
-    def snapshot_download(repo_id, allow_patterns, revision):
-        assert revision == "v1"
-        for name in allow_patterns:
-            (tmp_path / name).write_bytes(uploaded[repo_id][name])
-        return str(tmp_path)
+    def snapshot_download(*repository, **options):
+        names = ["config.json", "model.safetensors"]
+        assert (repository, options) == (("org/model",), dict(allow_patterns=names, revision="v1"))
+        (hub / "README.md").unlink()
+        return str(hub)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, **kwargs: SimpleNamespace(**kwargs))
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "upload_folder",
+                        lambda self, folder_path, **kwargs: shutil.copytree(folder_path, hub))
     monkeypatch.setattr("clipit.snapshot_download", snapshot_download)
     classifier.push_to_hub("org/model")
-    assert sorted(uploaded["org/model"]) == ["README.md", "config.json", "model.safetensors"]
-    card = uploaded["org/model"]["README.md"].decode()
-    assert card == str(classifier.generate_model_card())
+    assert sorted(files_of(hub)) == ["README.md", "config.json", "model.safetensors"]
+    assert (hub / "README.md").read_text() == str(classifier.generate_model_card())
     images = torch.randn(2, 3, 64, 64)
     again = Classifier.from_pretrained("org/model", revision="v1")
     assert torch.equal(again(images), classifier(images))

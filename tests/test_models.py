@@ -101,11 +101,11 @@ def test_every_backbone_of_one_block_is_adapted_saved_and_exported(name, monkeyp
         torch.testing.assert_close(classifier(images), model(images), rtol=0, atol=1e-5)
 
 
-def write_backbone(folder, **config):
+def write_backbone(folder, pretrained_cfg={}, **config):
     """A folder of timm's with a test_vit for 80 pixels, which is not the architecture's size."""
-    torch.save(timm.create_model("test_vit", img_size=80, num_classes=0).state_dict(),
-               folder / "pytorch_model.bin")
-    cfg = {"input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": True}
+    model = timm.create_model("test_vit", img_size=80, num_classes=config.get("num_classes", 0))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    cfg = {"input_size": [3, 80, 80], "num_classes": 0, "fixed_input_size": True, **pretrained_cfg}
     (folder / "config.json").write_text(json.dumps({"pretrained_cfg": cfg} | config))
     return f"local-dir:{folder}"
 
@@ -219,19 +219,15 @@ def test_weights_that_do_not_fit_are_refused_and_none_are_executed(tmp_path, mon
 
 def test_any_timm_id_and_any_hub_repository(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
-    model = timm.create_model("test_vit", num_classes=5)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps({
-        "architecture": "test_vit", "num_classes": 5,
-        "pretrained_cfg": {
-            "num_classes": 5, "input_size": [3, 160, 160], "fixed_input_size": True,
-            "classifier": "head", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}))
+    write_backbone(tmp_path, architecture="test_vit", num_classes=5, pretrained_cfg={
+        "classifier": "head", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
+    saved = torch.load(tmp_path / "pytorch_model.bin")
     for name, called in (("hf-hub:org/model@v1", "hf-hub:org/model@v1"),
                          (f"local-dir:{tmp_path}/", f"local-dir:{tmp_path.name}"),
                          (f"local-dir:{tmp_path.name}", f"local-dir:{tmp_path.name}")):
         backbone = load_backbone(name)
-        assert torch.equal(backbone.cls_token, model.cls_token)
-        assert backbone.recipe["mean"] == [0.1, 0.2, 0.3] and backbone.recipe["size"] == 160
+        assert torch.equal(backbone.cls_token, saved["cls_token"])
+        assert backbone.recipe["mean"] == [0.1, 0.2, 0.3] and backbone.recipe["size"] == 80
         assert backbone.recipe["backbone_id"] == called  # no path is published
         assert backbone.recipe["licence"] == "see the backbone"  # its config.json names none
     assert {(repo, revision) for repo, _, revision in hub.asked} == {("org/model", "v1")}
