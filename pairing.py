@@ -72,12 +72,12 @@ class Clip:
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
     """(N, dim) fp32 features of length 1, in order, on the CPU. An item of `dataset` is an image
-    from clip.preprocess, or a tuple that begins with one."""
+    from clip.preprocess or a tuple that begins with one; labels are not read."""
     features = []
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
     for images in tqdm(loader, "embed tiles", leave=False, disable=None):
         if not isinstance(images, Tensor):
-            images = images[0]  # (B, 3, H, W); labels are not read
+            images = images[0]  # (B, 3, H, W)
         features.append(clip.encode_image(images.to(clip.device)).cpu())
     return torch.cat(features)
 
