@@ -398,7 +398,7 @@ def _reason(error: Exception) -> str:
 # ---- Command line: class probabilities of image files -------------------------------------------
 
 def main(argv=None) -> int:
-    """Exit code 0, or 1 where an image was unreadable. A run that is stopped writes nothing."""
+    """Exit code 0, or 1 where an image was unreadable."""
     parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS)  # one line an error
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
     parser.add_argument("images", nargs="*", help="image files and folders (with all below them)")
@@ -430,7 +430,7 @@ def main(argv=None) -> int:
             try:
                 images.append(to_rgb(Image.open(path)))
                 readable.append(path)
-            except Exception as error:  # PIL raises of all kinds, each format its own
+            except Exception as error:  # each format of PIL's raises its own
                 unreadable = 1
                 print(f"clipit.py: {path}: not a readable image ({error})", file=sys.stderr)
         probabilities = classifier.predict(images).tolist() if images else []
@@ -449,8 +449,8 @@ def write_wsinfer(classifier: Classifier, folder: Path) -> None:
     config, run = classifier.config, classifier.config["run"] or {}
     side, mpp, size = run.get("side"), run.get("mpp"), config["size"]
     if not side or not mpp:
-        raise ValueError("--wsinfer: the side of a tile or its micrometres per pixel are unknown; "
-                         "train with --mpp on tiles of one size")
+        raise ValueError("--wsinfer: unknown micrometres per pixel or side of a tile; train with "
+                         "--mpp on tiles of one size")
     if folder.exists():
         raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
     normalize = dict(mean=config["mean"], std=config["std"])
