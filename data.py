@@ -50,16 +50,16 @@ class Tiles(torch.utils.data.Dataset):
         return Tiles(self.paths, self.labels, self.classes, transform)
 
 
-def load_tiles(ds, split, root="data", transform=None, val_fraction=None) -> Tiles:
+def load_tiles(ds, split, root="data", transform=None) -> Tiles:
     """The tiles of "train", "val" or "test". ds: a folder, or a key of DATASETS, below `root`;
-    val_fraction: validate on this share of train/, not on val/. Raises OSError, ValueError."""
+    without a val/, a fifth of every class in train/ is "val". Raises OSError, ValueError."""
     folder = dataset_folder(ds, root)
     samples, classes = _read_split(ds, folder, "test" if split == "test" else "train")
     if split != "test":
-        val = [] if val_fraction else _read_split(ds, folder, "val")[0]
+        val, _ = _read_split(ds, folder, "val")
         if not val:  # the seed is not the run's: runs stay comparable
             labels = [label for _, label in samples]
-            val = [samples[i] for i in stratified_split(labels, val_fraction or 0.2, seed=42)[1]]
+            val = [samples[i] for i in stratified_split(labels, 0.2, seed=42)[1]]
         if not val:
             raise ValueError(f"{folder}: one tile a class leaves none for validation; add a val/")
         held = set(val)
@@ -239,7 +239,7 @@ DATASETS = {
                       test=("CRC-VAL-HE-7K", "2fd1651b4f94ebd818ebf90ad2b6ce06", 7_180)),
         classes=["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"],
         mpp=0.5, side=224, prompts=TISSUES,
-        defaults=dict(reports="authors:colon", ep=1, val_every=0.1)),
+        defaults=dict(reports="authors:colon", ep=1, val_int=0.1)),
     "bach": dict(  # 20 epochs as of folders: the authors' one is 4 steps here
         title="BACH (ICIAR 2018)", licence="CC BY-NC-ND 4.0", record=3632035, gb=10.4,
         archives=dict(train=("ICIAR2018_BACH_Challenge/Photos",
@@ -259,7 +259,7 @@ DATASETS = {
             test_y=(f"{PCAM}test_y.h5", "60a7035772fbdb7f34eb86d4420cf66a", 32_768)),
         classes=["no_tumor", "tumor"],
         prompts=["normal lymph node tissue", "a lymph node metastasis of breast cancer"],
-        mpp=0.972, side=96, defaults=dict(reports="authors:breast", ep=1, val_every=0.1)),
+        mpp=0.972, side=96, defaults=dict(reports="authors:breast", ep=1, val_int=0.1)),
 }
 DATASETS["crc-nonorm"] = DATASETS["crc"] | dict(
     title="NCT-CRC-HE-100K-NONORM and CRC-VAL-HE-7K",
@@ -278,7 +278,7 @@ def dataset_folder(ds, root="data") -> Path:
     if "archives" in row:
         folder, parts = Path(root), [archive[0] for archive in row["archives"].values()]
         remedy = (f"--download fetches {row['title']} ({row['gb']} GB, licence {row['licence']})\n"
-                  f"from {ZENODO}/{row['record']}, or --data-dir tells where it lies")
+                  f"from {ZENODO}/{row['record']}, or put it, or a link to it, there")
     for part in parts:
         if not (folder / part).exists():
             raise FileNotFoundError(f"--ds {ds}: no folder or file {folder / part}; {remedy}")

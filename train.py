@@ -2,7 +2,7 @@
 
     python train.py                                      # the demo: offline, a minute on two cores
     python train.py --ds my_tiles --reports reports.txt  # my_tiles/{train,test}/CLASS/*.png
-    python train.py --ds crc --download --model VITS_16  # the paper's data, fetched once
+    python train.py --ds crc --download --model VITS_16  # the paper's data, fetched once to data/
     python train.py --no-text                            # the ablation: all but the distillation
     python train.py --ep 0                               # pairs, page and heads alone, no step 4
     python train.py --table runs                         # finished runs: mean, sd, differences
@@ -28,15 +28,16 @@ import sys
 import time
 import zlib
 from base64 import b64encode
-from contextlib import contextmanager
 from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
@@ -52,8 +53,7 @@ SPLITS = ("train", "val", "test")
 
 
 def main(argv=None) -> dict:
-    """One run, the paper in five steps; returns what metrics.json holds. Raises ValueError, OSError
-    for bad input, FloatingPointError for a loss that is not finite.
+    """One run, the paper in five steps; returns what metrics.json holds.
 
     N tiles, M reports, C classes; D, d: the sizes of the backbone's and of CLIP's features.
     """
@@ -69,14 +69,14 @@ def main(argv=None) -> dict:
 
     # 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is read
     text_emb = embed_reports(clip, reports, args)  # (M, d)
-    image_emb, pairs, similarity = {}, {}, {}
+    image_emb = embed_tiles(clip, tiles, args)  # split -> (N, d)
+    pairs, similarity = {}, {}
     for split in SPLITS:
-        image_emb[split] = embed_tiles(clip, tiles[split], args)  # (N, d)
         pairs[split], similarity[split] = nearest_text(image_emb[split], text_emb)  # (N,), (N,)
     write_pairs(run, tiles, pairs, similarity, reports)
 
     # 2. Vision head h_v on the frozen backbone: the unimodal row
-    v = {split: backbone_features(backbone, tiles[split], args) for split in SPLITS}  # (N, D)
+    v = backbone_features(backbone, tiles, args)  # split -> (N, D)
     torch.manual_seed(args.sd)
     vision_head = nn.Linear(backbone.num_features, len(classes))
     train_head("vision head", vision_head, v, labels, args.sd)
@@ -114,7 +114,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
     """Step 4. Leaves the model in its best state by --monitor; returns that state's value and step.
 
     Epoch e visits the tiles in an order that seed and e alone decide, and the random numbers of a
-    step have a seed of their own: a resumed run goes on as if it had never stopped.
+    step have a seed of their own: a run that goes on ends as if it had never stopped.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
@@ -124,7 +124,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
     n = len(tiles["train"])
     epoch_steps = math.ceil(n / args.batch)
     total = args.ep * epoch_steps
-    val_steps = max(round(args.val_every * epoch_steps), 1)
+    val_steps = max(round(args.val_int * epoch_steps), 1)
     step, sums, began = state["step"], {}, time.perf_counter()
     model.train()
     while step < total and not state["stopped"]:
@@ -140,7 +140,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
             parts = {"loss": loss.detach(), **parts}
-            stop_unless_finite(parts, step + 1, run)
+            stop_unless_finite(parts, step + 1)
             (share * loss).backward()
             sum_over_processes([p.grad for p in trained if p.grad is not None])
             if args.clip:
@@ -156,7 +156,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             if step % val_steps and step < total:
                 continue
 
-            # ---- Look at the validation split, keep the best state, write what --resume needs
+            # ---- Look at the validation split, keep the best state, write what going on needs
             sum_over_processes(list(sums.values()))
             steps, seconds = step - state["step"], time.perf_counter() - began
             line = {"step": step, "epoch": step / epoch_steps}
@@ -164,7 +164,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line |= validate(model, tiles["val"], pairs["val"], text, args)
             line |= {"lr": optimizer.param_groups[0]["lr"],
                      "tiles_per_second": round(steps * args.batch / seconds, 1)}
-            stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
+            stop_unless_finite({"val_loss": line["val_loss"]}, step)
             weights = trained_state(model)
             update_state(state, line, weights, args)
             save_training(run, state, weights, optimizer, args)
@@ -188,7 +188,8 @@ def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tok
     text_emb (M, d), tokens (M, L): of all reports; tokens are None where the text is fixed.
     Distillation reaches the backbone and a trained text tower; cross-entropy never sees t.
     """
-    with autocast(args):
+    # matrix products in bf16 on GPUs that have it; parameters, updates and the loss stay fp32
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         logits, t_hat = model.fuse(model.backbone(images))
         if args.no_text:
             t = t_hat = None
@@ -205,8 +206,8 @@ def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tok
 
 @torch.no_grad()
 def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> dict:
-    """The loss and its parts over the whole validation split, and accuracies. The prediction uses
-    the image alone; the reports enter the distillation part of the loss."""
+    """The loss, its parts and accuracies over the whole validation split. The prediction uses the
+    image alone; the reports enter the distillation part of the loss."""
     model.eval()
     order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
     loader = batches(tiles, order, args, pairs)
@@ -271,20 +272,7 @@ def scores(p: Tensor, labels: Tensor) -> dict:
     return {"balanced_accuracy": recall.nanmean().item(),
             "accuracy": (right.sum() / len(labels)).item(),
             "macro_f1": (2 * right / (of_label + predicted)).nanmean().item(),
-            "macro_auroc": macro_auroc(p, labels),
             "recall": recall.tolist(), "confusion": confusion.tolist()}
-
-
-def macro_auroc(p: Tensor, labels: Tensor) -> float:
-    """Mean one-against-rest area under the ROC curve over the classes that have tiles and are not
-    all of them: how often a tile of the class has the higher p of two, a tie counted half."""
-    areas = []
-    for label in range(p.shape[1]):
-        inside, outside = p[labels == label, label], p[labels != label, label].sort().values
-        below = torch.searchsorted(outside, inside)
-        below_or_equal = torch.searchsorted(outside, inside, right=True)
-        areas.append((below + below_or_equal).double().mean() / (2 * len(outside)))
-    return torch.stack(areas).nanmean().item()
 
 
 def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
@@ -311,22 +299,23 @@ def text_spread(features: Tensor) -> float:
 
 def load_models(args):
     """CLIP and the backbone on the device; from here on the same seed gives the same numbers."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if args.device.type == "cuda":
+    cuda = args.device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(args.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.allow_tf32 = False  # where fp32 is asked for, and pairing always is
     torch.manual_seed(args.sd)  # of random weights, where they are asked for
     if not args.download:
-        dataset_folder(args.ds, args.data_dir)  # refused before anything is loaded
+        dataset_folder(args.ds)  # refused before anything is loaded
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
     clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
     backbone = load_backbone(args.model, args.weights, args.tile_size)
     if args.authors and args.ds == "pcam":  # theirs: OpenAI's statistics under all backbones
-        statistics = {"mean": [0.4815, 0.4578, 0.4082], "std": [0.2686, 0.2613, 0.2758]}
+        statistics = dict(mean=[*timm.data.OPENAI_CLIP_MEAN], std=[*timm.data.OPENAI_CLIP_STD])
         backbone.recipe |= statistics
         backbone.preprocess = tile_transform(backbone.recipe["size"], **statistics)
     return clip, backbone.to(args.device)
@@ -336,10 +325,10 @@ def load_data(backbone: nn.Module, args):
     """(tiles, labels, reports): split -> Tiles as the backbone sees them, split -> (N,), report ->
     its place in the source."""
     if args.download:
-        download(args.ds, args.reports, args.data_dir)
-    reports, tiles = read_reports(args.reports, args.data_dir), {}
+        download(args.ds, args.reports)
+    reports, tiles = read_reports(args.reports), {}
     for split in SPLITS:
-        part = load_tiles(args.ds, split, args.data_dir, backbone.preprocess, args.val_int)
+        part = load_tiles(args.ds, split, transform=backbone.preprocess)
         if args.limit:
             part = part.take(draw_shots(part.labels, args.limit, args.sd))
         if args.shots and split == "train":
@@ -352,31 +341,29 @@ def load_data(backbone: nn.Module, args):
 
 def embed_reports(clip, reports, args) -> Tensor:
     """CLIP features of the reports, (M, d)."""
-    return cached("report", [args.inputs["CLIP"], list(reports)], args,
-                  lambda: embed_texts(clip, list(reports)))
+    return cached(["CLIP", "reports"], args, lambda: embed_texts(clip, list(reports)))
 
 
-def embed_tiles(clip, tiles: Tiles, args) -> Tensor:
-    """CLIP features of the tiles, (N, d), in fp32. The first look at every tile: one that cannot be
+def embed_tiles(clip, tiles: dict[str, Tiles], args) -> dict[str, Tensor]:
+    """CLIP features of the tiles, split -> (N, d). The first look at every tile: one that cannot be
     read ends the run here."""
-    tiles = tiles.with_transform(clip.preprocess)
-    return cached("tile", [args.inputs["CLIP"], tile_facts(tiles)], args,
-                  lambda: outputs("CLIP features", clip.encode_image, tiles, args, fp32=True))
+    tiles = {split: tiles[split].with_transform(clip.preprocess) for split in SPLITS}
+    return {split: cached(["CLIP", f"{split} tiles"], args, lambda: outputs(
+        f"CLIP features, {split}", clip.encode_image, tiles[split], args)) for split in SPLITS}
 
 
-def backbone_features(backbone: nn.Module, tiles: Tiles, args) -> Tensor:
-    """Features of the frozen backbone, (N, D)."""
-    return cached("backbone", [args.inputs["backbone"], args.amp, tile_facts(tiles)], args,
-                  lambda: outputs("backbone features", backbone, tiles, args))
+def backbone_features(backbone: nn.Module, tiles: dict[str, Tiles], args) -> dict[str, Tensor]:
+    """Features of the frozen backbone, split -> (N, D)."""
+    return {split: cached(["backbone", f"{split} tiles"], args, lambda: outputs(
+        f"backbone features, {split}", backbone, tiles[split], args)) for split in SPLITS}
 
 
 @torch.no_grad()
-def outputs(title: str, model, tiles: Tiles, args, fp32: bool = False) -> Tensor:
-    """model(images (B, 3, H, W)) of all tiles, (N, ...) fp32 on the CPU."""
+def outputs(title: str, model, tiles: Tiles, args) -> Tensor:
+    """model(images (B, 3, H, W)) of all tiles, (N, ...), in fp32, on the CPU."""
     order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
     for images, *_ in progress(title, batches(tiles, order, args), len(order)):
-        with autocast(args, fp32):
-            rows.append(model(images).float())
+        rows.append(model(images))
     return gather(torch.cat(rows), len(tiles))
 
 
@@ -396,22 +383,21 @@ def clip_baselines(clip, image_emb, labels, classes: list[str], args) -> dict[st
 
 
 def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> ClipIT:
-    """ClipIT with LoRA where --lora-vision and --lora-text ask for it. Seeded anew, and the text
-    side last: with and without text, everything else starts from the same numbers."""
+    """ClipIT, with LoRA by --lora-vision and --lora-text. Seeded anew, and the text side last: with
+    and without text, everything else starts from the same numbers."""
     torch.manual_seed(args.sd)
+    lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
     model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
                    vision_head.in_features, clip.dim, args.kd_layers,
                    fused="lora" not in args.baseline, random_fusion=args.authors)
     model.vision_head.load_state_dict(vision_head.state_dict())
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
+    if args.lora_vision:
+        inject_lora(backbone, *lora)
     if args.lora_text and not args.no_text:
         model.text_tower = clip.text_tower
-    for tower, adapted in ((backbone, args.lora_vision), (model.text_tower, args.lora_text)):
-        kinds = tuple(TARGETS[target].adapts for target in args.lora_targets)
-        layers = [] if tower is None else [x for x in tower.modules() if isinstance(x, kinds)]
-        if adapted and layers:  # no text tower has a Conv2d for --lora-targets conv2d
-            inject_lora(tower, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        inject_lora(model.text_tower, *lora)
     clip.image_tower = None  # its part has ended
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -424,8 +410,8 @@ def batches(tiles, order, args, pairs: Tensor | None = None):
     that has none computes the first, for nothing."""
     if pairs is None:
         pairs = torch.zeros(len(tiles), dtype=torch.long)
-    own = [batch[RANK::WORLD] if RANK < len(batch) else batch[:1] for batch in order]
-    loader = DataLoader(StackDataset(tiles, pairs), batch_sampler=[rows.tolist() for rows in own],
+    rows = [batch[RANK::WORLD] if RANK < len(batch) else batch[:1] for batch in order]
+    loader = DataLoader(StackDataset(tiles, pairs), batch_sampler=[part.tolist() for part in rows],
                         num_workers=args.worker, worker_init_fn=leave_signals,
                         generator=torch.Generator(),  # no number is drawn from the run's
                         pin_memory=args.device.type == "cuda")
@@ -439,9 +425,8 @@ def augment(tiles: Tiles, epoch: int, args) -> Tiles:
     if not args.authors or args.ds != "pcam":
         return tiles
     from torchvision.transforms import v2
-    jitter = v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05)
-    flips = v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()
-    transform = v2.Compose([*flips, jitter, tiles.transform])
+    transform = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+                            v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05), tiles.transform])
     return tiles.with_transform(partial(seeded, transform, args.sd * 1009 + epoch))
 
 
@@ -472,43 +457,26 @@ def drop_words(report: str, share: float, seed: str) -> str:
     return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), count)))
 
 
-def autocast(args, fp32: bool = False):
-    """--amp: matrix products in bf16; parameters, their updates and the loss stay fp32."""
-    enabled = args.amp == "bf16" and not fp32
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=enabled)
-
-
 # ---- Many processes: row i is process i % WORLD's; of one process nothing here does anything ----
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-@contextmanager
-def exchange():
-    """Where processes exchange something: the end of another one is said in words."""
-    try:
-        yield
-    except RuntimeError:
-        raise ConnectionError("another process of the run has ended; mend what it says, and the "
-                              "same command goes on") from None
-
-
 def sum_over_processes(tensors: list[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if WORLD > 1:
-        whole = nn.utils.parameters_to_vector(tensors).detach()
-        with exchange():
-            dist.all_reduce(whole)
-        nn.utils.vector_to_parameters(whole, tensors)
+        flat = nn.utils.parameters_to_vector(tensors).detach()
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, tensors)
 
 
 def gather(rows: Tensor, n: int) -> Tensor:
-    """All n rows in order, on the CPU, of what each process has of its own: a sum with zeros."""
+    """All n rows in order, on the CPU, of what each process has: a sum with zeros."""
     if WORLD > 1:
-        whole = torch.zeros(n, *rows.shape[1:], device=rows.device)
-        whole[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))]
-        sum_over_processes([whole])
-        rows = whole
+        padded = torch.zeros(n, *rows.shape[1:], device=rows.device)
+        padded[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))]
+        sum_over_processes([padded])
+        rows = padded
     return rows.cpu()
 
 
@@ -516,16 +484,15 @@ def from_all(fact) -> list:
     """What each process has for `fact`, the first process's first."""
     facts = [fact] * WORLD
     if WORLD > 1:
-        with exchange():
-            dist.all_gather_object(facts, fact)
+        dist.all_gather_object(facts, fact)
     return facts
 
 
 # ---- A run's folder and its files ---------------------------------------------------------------
 
-# Flags that say where and how a run is made, not what it is: they may change when it goes on
-PLACES = ("dir", "output", "run", "data_dir", "download", "worker", "device", "resume", "overwrite",
-          "log", "table", "against", "wandb", "grad_checkpointing")
+# What says where and how a run is made, not what it is, may change when it goes on
+PLACES = ("dir", "output", "run", "download", "worker", "device", "overwrite", "log", "table",
+          "against", "wandb", "grad_checkpointing")
 # What a run writes, and --overwrite removes
 RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html",
            "args.json", "classifier", ".tmp*")
@@ -536,18 +503,24 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
     where it holds a run of other flags or inputs, or another process is at it."""
     run = Path(args.dir, args.output, args.run)
     config = {key: value for key, value in vars(args).items() if key not in PLACES}
-    labels = [tiles[split].labels for split in SPLITS]
-    args.inputs = {"reports": sha256(list(reports)), "backbone": sha256(backbone),
-                   "CLIP": sha256(clip.image_tower, clip.text_tower),
-                   "tiles": sha256(labels, *(tile_facts(tiles[split]) for split in SPLITS))}
-    for inputs in from_all(args.inputs):
-        for name in changed(inputs, args.inputs):
-            raise ValueError(f"the processes of the run see different things (the {name}); give "
-                             "all of them the same files")
+    preprocess = re.sub(" at 0x[0-9a-f]+", "", repr(clip.preprocess))  # functions' addresses
+    args.inputs = {"reports": sha256(list(reports)),
+                   "backbone": sha256(backbone, repr(backbone.preprocess)),
+                   "CLIP": sha256(clip.image_tower, clip.text_tower, preprocess)}
+    for split in SPLITS:
+        args.inputs[f"{split} tiles"] = sha256(tiles[split].labels, file_facts(tiles[split].paths))
+    if any(inputs != args.inputs for inputs in from_all(args.inputs)):
+        raise ValueError("the processes of the run see different tiles, reports or weights; give "
+                         "all of them the same files")
     if RANK:
         return run
     run.mkdir(parents=True, exist_ok=True)
-    args.lock = lock(run)
+    args.lock = FileLock(run / ".lock", timeout=0, is_singleton=True)  # ends with this process
+    try:
+        args.lock.acquire()
+    except Timeout:
+        raise ValueError(f"{run}: another process is at this run; wait for it, or give another "
+                         "--run") from None
     for name in RESULTS if args.overwrite else (".tmp*",):  # the latter of a run that was killed
         for path in run.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -556,35 +529,16 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
     facts = {"config": config, "inputs": args.inputs, "versions": versions}
     if (run / "args.json").exists():
         first = read_json(run / "args.json", facts.keys())
-        changes = [f"{key} {first['config'].get(key)!r} there, {config[key]!r} now"
-                   for key in changed(first["config"], config)]
-        changes += [f"the {name} changed" for name in changed(first["inputs"], args.inputs)]
+        changes = [f"{key} {first['config'].get(key)!r} there, {value!r} now"
+                   for key, value in config.items() if first["config"].get(key) != value]
+        changes += [f"the {name} changed" for name, value in args.inputs.items()
+                    if first["inputs"].get(name) != value]
         if changes:
             raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(changes)})\n"
                              "give another --run, or --overwrite to begin it anew")
         facts |= {"versions": first["versions"], "versions_of_the_last_start": versions}
     write_text(run / "args.json", json.dumps(facts, indent=1))
     return run
-
-
-def changed(before: dict, now: dict) -> list[str]:
-    """The keys whose values differ."""
-    return [key for key in now if before.get(key) != now[key]]
-
-
-def lock(folder: Path):
-    """A file that this process alone holds until it ends; ValueError where another one has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is at this run; wait for it, or give another "
-                         "--run") from None
-    return file
 
 
 def sha256(*parts) -> str:
@@ -600,29 +554,30 @@ def sha256(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def tile_facts(tiles: Tiles) -> list:
-    """How the images are made, and path, size and time of their files (FILE.h5#17: of FILE.h5)."""
-    facts = [re.sub(" at 0x[0-9a-f]+", "", repr(tiles.transform))]  # without a function's address
-    for path in tiles.paths:
+def file_facts(paths: list[str]) -> list:
+    """Path, size and time of each tile's file (FILE.h5#17: of FILE.h5)."""
+    facts = []
+    for path in paths:
         file = os.stat(re.sub(r"(?<=\.h5)#\d+$", "", path))
         facts.append((path, file.st_size, file.st_mtime_ns))
     return facts
 
 
-def cached(kind: str, facts: list, args, compute) -> Tensor:
-    """compute()'s tensor, kept in DIR/cache under a hash of all that it depends on: equal facts,
-    equal features. The folder may be removed at any time. The first process's file counts."""
-    path, tensor = Path(args.dir, "cache", f"{kind}-{sha256(facts)}.pt"), None
+def cached(inputs: list[str], args, compute) -> Tensor:
+    """compute()'s tensor, kept in DIR/cache under the hashes of the inputs it depends on. The
+    folder may be removed at any time; of many processes the first one's file counts."""
+    title, hashes = " ".join(inputs), "-".join(args.inputs[name] for name in inputs)
+    path, tensor = Path(args.dir, "cache", f"{slug(title)}-{hashes}.pt"), None
     try:
         tensor = torch.load(path, weights_only=True) if RANK == 0 else None
     except Exception:  # none there, or whatever is wrong with it: computing mends it
         pass
     tensor = from_all(tensor)[0]
-    print(f"{kind} features: {'computed' if tensor is None else 'from the cache'}")
+    print(f"features of {title}: {'computed' if tensor is None else 'from the cache'}")
     if tensor is None:
         tensor = compute()
         if not tensor.isfinite().all():
-            raise ValueError(f"{kind} features hold NaN or infinity: its weights cannot be right")
+            raise ValueError(f"features of {title}: NaN or infinity; the weights cannot be right")
         write_torch(path, tensor)
     return tensor
 
@@ -663,9 +618,9 @@ def write_torch(path: Path, value) -> None:
     write_file(path, lambda part: part.write_bytes(file.getbuffer()))
 
 
-def write_csv(path: Path, header: list[str], rows) -> None:
+def write_csv(path: Path, rows) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, text.getvalue())
 
 
@@ -674,7 +629,7 @@ def read_json(path: Path, keys) -> dict:
     try:
         facts = json.loads(path.read_text("utf-8"))
         missing = keys - facts.keys()
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError) as error:
         missing = error
     if missing:
         raise ValueError(f"{path}: not a file of a run of this version ({missing}); remove it, or "
@@ -738,11 +693,11 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
             if p.requires_grad}
 
 
-def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
+def stop_unless_finite(parts: dict, step: int) -> None:
     if not all(math.isfinite(value) for value in parts.values()):
         figures = ", ".join(f"{key} {value:.4g}" for key, value in parts.items())
         raise FloatingPointError(f"not finite at step {step}: {figures}; try a lower --lr\n"
-                                 f"{run / 'last.pt'} holds the last validation's state, if any")
+                                 "last.pt keeps the state of the last validation")
 
 
 def open_tracker(run: Path, args):
@@ -755,9 +710,9 @@ def open_tracker(run: Path, args):
 
 
 def progress(title: str, items, total: int):
-    """The items under a bar, in a log (of 100 or more) under two lines. Ends the run where a signal
-    has asked for it."""
-    began, log = time.perf_counter(), total >= 100 and not sys.stderr.isatty()
+    """The items under a bar or, 100 or more in a log, between two lines. Ends the run where a
+    signal has asked for it."""
+    log = total >= 100 and not sys.stderr.isatty()
     if log:
         print(f"{title}: {total} steps", flush=True)
     try:
@@ -765,22 +720,22 @@ def progress(title: str, items, total: int):
             if SIGNALS:
                 raise KeyboardInterrupt
             yield item
-    except GeneratorExit:  # the reader has seen enough
-        pass
-    if log:
-        print(f"{title}: done in {time.perf_counter() - began:.0f} s", flush=True)
+    finally:
+        if log:
+            print(f"{title}: ended", flush=True)
 
 
 def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) -> None:
     """pairs.csv: tile, split, its report's number (from 0, of the distinct ones), their cosine, and
     the report's place in the source and first words."""
-    places, rows = list(reports.items()), []
+    places = list(reports.items())
+    rows = [("tile", "split", "report", "similarity", "place", "text")]
     for split in SPLITS:
         nearest = zip(tiles[split].paths, pairs[split].tolist(), similarity[split].tolist())
         for tile, report, cosine in nearest:
             text, place = places[report]
             rows.append((tile, split, report, f"{cosine:.6f}", place, text[:60]))
-    write_csv(run / "pairs.csv", ["tile", "split", "report", "similarity", "place", "text"], rows)
+    write_csv(run / "pairs.csv", rows)
     write_page(run, tiles["train"], pairs["train"], similarity["train"], reports)
     uses = torch.cat(list(pairs.values())).bincount()  # (M,)
     print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
@@ -790,13 +745,12 @@ def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) ->
 def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
     """path, target, pred and class_0 ... (probabilities), the authors' column names; the classes'
     own names beside them."""
-    header = ["path", "target", "pred", "target_class", "pred_class",
-              *(f"class_{i}" for i in range(p.shape[1]))]
-    rows = []
+    columns = [f"class_{i}" for i in range(p.shape[1])]
+    rows = [["path", "target", "pred", "target_class", "pred_class", *columns]]
     predictions = p.argmax(dim=1).tolist()
     for path, label, pred, row in zip(tiles.paths, tiles.labels, predictions, p.tolist()):
         rows.append([path, label, pred, tiles.classes[label], tiles.classes[pred], *row])
-    write_csv(run / "predictions.csv", header, rows)
+    write_csv(run / "predictions.csv", rows)
 
 
 def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args) -> None:
@@ -815,8 +769,7 @@ def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args
     write_file(run / "classifier", classifier.save_pretrained)
 
 
-COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1",
-           "macro_auroc": "macro AUROC"}
+COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1"}
 NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)"}
 
 
@@ -860,35 +813,30 @@ def shown(line: dict) -> str:
     return f"step {line['step']}  {figures}"
 
 
-# ---- report.html: one page a run, without scripts or anything from elsewhere --------------------
-
 STYLE = """
-:root { color-scheme: light dark }
-body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; padding: 1rem }
-body { overflow-wrap: anywhere } pre, div { overflow-x: auto }
+:root { color-scheme: light dark } pre, div { overflow-x: auto }
+body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-wrap: anywhere }
 td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
-.pair { display: flex; gap: 1rem; margin: .5rem 0 } img { width: 7rem; height: 7rem; flex: none }
+.pair { display: flex; gap: 1rem; margin: .5rem } img { width: 7rem; height: 7rem; flex: none }
 """
 
 
 def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None) -> None:
-    """report.html: results, confusion and the log of training, once there are any; training tiles
-    beside their reports, of every class from the highest cosine to the lowest; the flags."""
+    """report.html, without scripts: results, confusion and the log of training, once there are any;
+    training tiles beside their reports, of every class from the highest cosine to the lowest."""
     if RANK:
         return
     title, texts = escape(f"CLIP-IT: {run.parent.name}/{run.name}"), list(reports)
     parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="
              f"'width=device-width'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     if metrics:
-        last = list(metrics["rows"])[-1]
-        parts += [f"<pre>{escape(results(metrics))}</pre><h2>Confusion of {last}</h2><p>True class:"
-                  " row; predicted class: column; shade: share of the row.</p>",
-                  confusion_table(metrics["rows"][last]["confusion"], metrics["classes"])]
+        name, row = list(metrics["rows"].items())[-1]
+        parts += [f"<pre>{escape(results(metrics))}</pre><h2>Confusion of {name}</h2>",
+                  confusion_table(row["confusion"], metrics["classes"])]
         if metrics["best"]:
             log = [shown(json.loads(line)) for line in open(run / "log.jsonl")]
-            parts.append(f"<h2>Training</h2><pre>{escape(chr(10).join(log))}</pre>")
-    parts.append("<h2>Pairs</h2><p>Cosines of training tiles and their reports. No label took "
-                 "part.</p>")
+            parts += ["<h2>Training</h2><pre>", *log, "</pre>"]
+    parts.append("<h2>Pairs</h2><p>Cosines of training tiles and reports; labels took no part.</p>")
     labels = torch.tensor(tiles.labels)
     for label, name in list(enumerate(tiles.classes))[:40]:
         members = (labels == label).nonzero()[:, 0]
@@ -898,16 +846,17 @@ def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None
             image, file = tiles.with_transform(None)[i][0], io.BytesIO()
             image.thumbnail((112, 112))
             image.save(file, "JPEG", quality=80)
-            parts.append(f"<div class=pair><img alt='' src='data:image/jpeg;base64,"
-                         f"{b64encode(file.getvalue()).decode()}'><p><b>{similarity[i]:.3f}</b> "
-                         f"report {pairs[i]}: {escape(texts[pairs[i]][:500])}<br>"
+            source = f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
+            parts.append(f"<div class=pair><img alt='' src='{source}'><p><b>{similarity[i]:.3f}</b>"
+                         f" report {pairs[i]}: {escape(texts[pairs[i]][:500])}<br>"
                          f"{escape(tiles.paths[i])}</p></div>")
     flags = escape((run / "args.json").read_text())
     write_text(run / "report.html", "\n".join([*parts, f"<h2>Flags</h2><pre>{flags}</pre>"]))
 
 
 def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
-    lines = ["".join(f"<th>{escape(name)}" for name in ["", *classes])]
+    """True class: row; predicted class: column; shade: share of the row."""
+    lines = ["".join(f"<th>{escape(name)}" for name in ["true \\ predicted", *classes])]
     for name, row in zip(classes, counts):
         cells = [f"<td style='background:rgb(0 120 200/{count / max(sum(row), 1):.2f})'>{count}"
                  for count in row]
@@ -955,18 +904,19 @@ def table(folder: Path, against: str) -> dict:
         line = {"data": Path(ds).name, "backbone": Path(model).name, "flags": short[flags] or "-",
                 "n": len(seeds)}
         for row in ROWS:
-            line[row] = mean_and_sd([x[row] for x in seeds.values() if row in x])
+            line[row] = mean_and_sd([figures[row] for figures in seeds.values() if row in figures])
         for reference in (against, ""):
-            runs = [others[key] for key in others if key != flags and slug(short[key]) == reference]
-            line[f"minus {reference or 'no flag'}"] = difference(seeds, runs[0]) if runs else ""
+            line[f"minus {reference or 'no flag'}"] = ""
+            for key in others:
+                if key != flags and slug(short[key]) == reference:
+                    line[f"minus {reference or 'no flag'}"] = difference(seeds, others[key])
         papers = flags in (("--lora-text 1",), ("--authors",))  # the settings are
         line["paper"] = PAPER.get(model, {}).get(ds, "") if papers else ""
         lines.append(line)
-    header = list(lines[0])
-    rows = [list(line.values()) for line in lines]
-    for row in [header, ["---"] * len(header), *rows]:
+    rows = [list(lines[0]), *(list(line.values()) for line in lines)]
+    for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print(f"| {' | '.join(map(str, row))} |")
-    write_csv(folder / "table.csv", header, rows)
+    write_csv(folder / "table.csv", rows)
     return {"table": lines}
 
 
@@ -996,109 +946,103 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; python train.py --help lists the flags")
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+def within(low: float, high: float = 1e9):
+    """An argparse type: numbers from low to high; integers where low is one."""
+    def number(text):
+        value = type(low)(text)
+        if not low <= value <= high:  # NaN is not, either
+            to = "or more" if high == 1e9 else f"to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} {to}")
+        return value
+    return number
 
 
-HIGH = 10**9
-COUNT, WHOLE, POSITIVE, FROM_0 = (1, HIGH), (0, HIGH), (1e-9, HIGH), (0.0, HIGH)
-SHARE, BELOW_1 = (0.001, 0.999), (0.0, 0.99)
+COUNT, WHOLE, POSITIVE, FROM_0 = within(1), within(0), within(1e-9), within(0.0)
+SHARE, BELOW_1 = within(0.001, 0.999), within(0.0, 0.99)
 
 
-def build_parser() -> tuple[Parser, dict]:
-    """The flags, and the lowest and highest number that make sense for each of them."""
-    parser = Parser("train.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    limits, cuda = {}, torch.cuda.is_available()
+def build_parser() -> Parser:
+    parser = Parser("train.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def flag(name, default, help, within=None, **kwargs):
-        if within:
-            limits[name] = within
-        if "action" not in kwargs:
-            kwargs.setdefault("type", type(within[0]) if within else str)
-        parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
+    def flag(name, default, help, type=str, **kwargs):
+        parser.add_argument(f"--{name}", default=default, help=help, type=type, **kwargs)
 
-    on, switch = dict(action="store_true"), dict(type=int, choices=(0, 1), nargs="?", const=1)
+    def switch(name, help):
+        parser.add_argument(f"--{name}", action="store_true", help=help)
+
+    one = dict(type=int, choices=(0, 1), nargs="?", const=1)  # --early, --early 1
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/")
-    flag("data-dir", "data", "where downloaded data sets lie")
-    flag("download", False, "fetch the data set and the reports if they are missing", **on)
     flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
+    switch("download", "fetch the data set and the reports to data/ if they are missing")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
     flag("weights", None, "local weights of the backbone, or `none` for random ones")
-    flag("tile-size", None, "pixels that the backbone sees; unset, its own", (8, 4096))
+    flag("tile-size", None, "pixels that the backbone sees; unset, its own", within(8, 4096))
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
     flag("clip-weights", None, "local weights of the pairing model, or `none`")
-    flag("mpp", None, "micrometres a pixel of the tiles, for whole slides", (0.01, 100.0))
+    flag("mpp", None, "micrometres a pixel of the tiles, for whole slides", within(0.01, 100.0))
     flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
     flag("output", None, "unset, the name of the data set")
     flag("run", None, "unset, the flags that differ from their defaults")
-    flag("resume", False, "go on with the run in DIR/OUTPUT/RUN, as without it", **on)
-    flag("overwrite", False, "remove what the run has written, and begin it anew", **on)
+    switch("overwrite", "remove what the run has written, and begin it anew")
     flag("sd", 0, "seed", WHOLE)
     flag("shots", None, "training tiles of each class, drawn by the seed", COUNT)
     flag("limit", None, "use this share of each class and split, for a quick try", SHARE)
-    flag("val-int", None, "share of the training tiles for validation, not the own split", SHARE)
     flag("batch", 64, "tiles a step", COUNT)
     flag("lr", 1e-3, "of Adam", POSITIVE)
     flag("weight-decay", 1e-4, "L2 in the gradient", FROM_0)
     flag("ep", 20, "epochs; 0: pairs and heads alone", WHOLE)
     flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", WHOLE)
     flag("clip", 0.5, "largest norm of the gradient; 0: no limit", FROM_0)
-    flag("scheduler", 0, "1: cosine by step down to a tenth", **switch)
+    flag("scheduler", 0, "1: cosine by step down to a tenth", **one)
     flag("lora-r", 16, "rank", COUNT)
     flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", POSITIVE)
     flag("lora-dropout", 0.0, "before the down projection", BELOW_1)
-    flag("lora-text", 0, "1: train the text tower too, as the paper does", **switch)
-    flag("lora-vision", 1, "0: the backbone stays as it is", **switch)
+    flag("lora-text", 0, "1: train the text tower too, as the paper does", **one)
+    flag("lora-vision", 1, "0: the backbone stays as it is", **one)
     flag("lora-targets", [*TARGETS], "layers that LoRA adapts", nargs="+", choices=[*TARGETS])
-    flag("no-lin", False, "the authors' name for --lora-targets conv2d embedding", **on)
-    flag("kd-layers", 1, "layers of h_d", type=int, choices=(1, 2))
+    switch("no-lin", "the authors' name for --lora-targets conv2d embedding")
+    flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
     flag("kd-weight", 1.0, "lambda", FROM_0)
-    flag("no-text", False, "ablation: same layers, LoRA and steps, no distillation", **on)
+    switch("no-text", "ablation: same layers, LoRA and steps, no distillation")
     flag("drop-words", 0.0, "share of the words of each report dropped, anew each epoch", BELOW_1)
-    flag("authors", False, "the authors' code as far as it can be had: --lora-text 1 --ep 1 "
-         "--monitor last, double softmax, random fusion; PCAM's augmentation and statistics", **on)
-    flag("val-every", 1.0, "epochs between validations", POSITIVE)
+    switch("authors", "the authors' code as far as it can be had: --lora-text 1 --ep 1 --monitor "
+           "last, double softmax, random fusion, fp32; PCAM's augmentation and statistics")
+    flag("val-int", 1.0, "epochs between validations", POSITIVE)
     flag("monitor", "val_bacc", "what chooses the state that is tested; last: the last one",
          choices=("val_loss", "val_ce", "val_acc", "val_bacc", "last"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
-    flag("early", 0, "1: stop when --monitor stands still", **switch)
+    flag("early", 0, "1: stop when --monitor stands still", **one)
     flag("patience", 5, "validations that --early waits", COUNT)
     flag("delta", 0.0, "what counts as an improvement for --early", FROM_0)
-    flag("chkpnt", 0, "1: keep the trained state of every validation", **switch)
+    flag("chkpnt", 0, "1: keep the trained state of every validation", **one)
     flag("log", 1, "validations for each printed line", COUNT)
     flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; the others: rows of the "
          "CLIP image tower", nargs="+", choices=("lora", "zeroshot", "clip-probe"))
-    flag("wandb", 0, "1: log to Weights & Biases too", **switch)
+    flag("wandb", 0, "1: log to Weights & Biases too", **one)
     flag("table", None, "print the finished runs below this folder, write its table.csv, and end")
     flag("against", "no-text", "the runs that --table compares with, by their flags")
-    flag("amp", "bf16" if cuda else "off", "autocast of both towers", choices=("off", "bf16"))
-    flag("grad-checkpointing", False, "less memory for more time in training", **on)
-    return parser, limits
+    switch("grad-checkpointing", "less memory for more time in training")
+    return parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The authors' flag names, with - or _. A data set's own defaults are in its row."""
     words = sys.argv[1:] if argv is None else map(str, argv)
     words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
-    parser, limits = build_parser()
+    parser = build_parser()
     known = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     parser.set_defaults(**DATASETS.get(known.ds, {}).get("defaults", {}))
     if known.authors:
         parser.set_defaults(lora_text=1, ep=1, monitor="last")
     args = parser.parse_args(words)
-    for name, (low, high) in limits.items():
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and not low <= value <= high:  # NaN is not, either
-            expected = f"{low:g} or more" if high == HIGH else f"{low:g} to {high:g}"
-            parser.error(f"argument --{name}: {value:g}: expected {expected}")
     return args if args.table else complete(args, parser)
 
 
 def complete(args, parser: Parser) -> argparse.Namespace:
-    """What follows from the flags: the run's name, its row in the table."""
+    """What follows from the flags: device, the run's name, its row in the table."""
     if args.reports is None:
-        dataset_folder(args.ds)  # refuses what is neither a name nor a folder
-        raise ValueError(f"--ds {args.ds} needs --reports")
+        raise ValueError(f"--ds {args.ds} needs --reports; {', '.join(DATASETS)} have their own")
     if WORLD > 1 and args.download:
         raise ValueError("--download is for one process; fetch the data without torchrun first")
     if args.ds in DATASETS and Path(args.ds).is_dir():
@@ -1117,11 +1061,12 @@ def complete(args, parser: Parser) -> argparse.Namespace:
         args.lora_targets = ["conv2d", "embedding"]
     args.mod = args.mod or ("max" if args.monitor.endswith("acc") else "min")
     args.no_text = args.no_text or "lora" in args.baseline
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = torch.device(cuda if torch.cuda.is_available() else "cpu")
     args.variant = "CLIP-IT without text" if args.no_text else "CLIP-IT"
     if "lora" in args.baseline:
         args.variant = "LoRA with a plain head"
+    cuda = torch.cuda.is_available()
+    args.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    args.bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0) and not args.authors
     return args
 
 
@@ -1153,26 +1098,26 @@ def cli() -> None:
         sys.stdout = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_end)
-    code = 2
+    code, again = 2, "the same command goes on from the last validation"
     try:
         main()
         if WORLD > 1:
             dist.destroy_process_group()
         return
     except KeyboardInterrupt:
-        message = "stopped, or another process was" if WORLD > 1 else "stopped"
-        message += "; the same command goes on from the last validation"
+        message = f"stopped; {again}"
         code = 128 + SIGNALS[0] if SIGNALS else 130  # by the shell's rule
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
-        if RANK and not isinstance(error, ConnectionError):
+        if RANK:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # the first process says the same, and its end ends this one
-    except RuntimeError as error:  # no memory, a worker killed by the system, or a mistake of ours
+    except RuntimeError as error:  # no memory, a worker or another process has ended, our mistake
         if sys.flags.dev_mode:
             raise
-        message = (f"{' '.join(str(error).split())[:300]}\nthe same command goes on from the last "
-                   "validation; python -X dev train.py ... shows where it ended")
+        ended = "this or another process has ended: " if WORLD > 1 else ""
+        message = (f"{ended}{' '.join(str(error).split())[:300]}\n{again}; python -X dev train.py "
+                   "... shows where it ended")
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 

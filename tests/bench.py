@@ -86,7 +86,7 @@ def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
     images = torch.randn(batch, 3, 224, 224, device=device)
     text_emb, tile = torch.randn(batch, DIM, device=device), torch.arange(batch, device=device)
     labels, report = tile % 9, tile % (distinct or batch)
-    args = argparse.Namespace(device=images.device, amp=amp and "bf16", no_text=False, authors=False)
+    args = argparse.Namespace(device=images.device, bf16=amp, no_text=False, authors=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=1e-4, fused=True)
 

@@ -35,8 +35,8 @@ def test_a_finished_run_is_shown_again_and_not_trained_again(finished, capsys):
     table = train.results(metrics)
     capsys.readouterr()
     with patch.object(train, "train_head", side_effect=AssertionError):
-        assert train.main(finished) == train.main([*finished, "--resume"]) == metrics
-    assert capsys.readouterr().out.count(table) == 2
+        assert train.main(finished) == metrics
+    assert capsys.readouterr().out.count(table) == 1
     after = files(finished)
     del before[run_folder(finished) / "args.json"], after[run_folder(finished) / "args.json"]
     assert after == before
@@ -51,7 +51,7 @@ def test_overwrite_begins_anew_and_removes_what_a_run_writes_alone(finished):
 
 
 @pytest.mark.parametrize("change, words", [
-    ("tile", "the tiles changed"), ("label", "the tiles changed"), ("reports", "the reports changed"),
+    ("tile", "the test tiles changed"), ("label", "the test tiles changed"), ("reports", "the reports changed"),
     ("weights", "the backbone changed"), ("flag", "lora_r 16 there, 4 now")])
 def test_what_changed_since_the_first_start_is_named_and_the_run_left_as_it_is(
         finished, world, change, words, monkeypatch, capsys):
@@ -73,10 +73,9 @@ def test_what_changed_since_the_first_start_is_named_and_the_run_left_as_it_is(
     else:
         more = ["--lora-r", 4]
     before = files(finished)
-    for resume in ([], ["--resume"]):
-        said = said_by_cli([*finished, *more, *resume], monkeypatch, capsys)
-        assert words in said and "--run" in said and "--overwrite" in said
-        assert not any(len(word) > 60 for word in said.replace("/", " ").split())  # no hashes
+    said = said_by_cli([*finished, *more], monkeypatch, capsys)
+    assert words in said and "--run" in said and "--overwrite" in said
+    assert not any(len(word) > 60 for word in said.replace("/", " ").split())  # no hashes
     assert files(finished) == before
 
 
@@ -91,7 +90,7 @@ def test_the_versions_of_the_first_start_stay_beside_those_of_the_last(finished,
 @pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:len(old) // 2],
                                     lambda old: bytes(len(old))])
 def test_damaged_files_are_named_with_what_to_do_or_made_anew(argv, damage, monkeypatch, capsys):
-    argv += ["--val-every", 0.5]
+    argv += ["--val-int", 0.5]
     train.main(argv)
     run, whole = run_folder(argv), bytes_of(argv)
 
@@ -116,7 +115,7 @@ def test_damaged_files_are_named_with_what_to_do_or_made_anew(argv, damage, monk
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_at_its_next_batch_and_the_same_command_goes_on(
         argv, number, code, monkeypatch, capsys):
-    argv += ["--val-every", 0.5]
+    argv += ["--val-int", 0.5]
     validate = train.validate
 
     def interrupted(*args):
@@ -133,8 +132,8 @@ def test_a_signal_ends_the_run_at_its_next_batch_and_the_same_command_goes_on(
 
 
 def test_a_second_process_is_kept_from_the_same_run(argv, monkeypatch, capsys):
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import pathlib, train\n"
-            f"lock = train.lock(pathlib.Path({str(run_folder(argv))!r})); print('locked', flush=True)\n"
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+            f"lock = train.FileLock({str(run_folder(argv) / '.lock')!r}); lock.acquire(); print('locked', flush=True)\n"
             "time.sleep(60)")
     run_folder(argv).mkdir(parents=True)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -177,7 +176,7 @@ def test_features_that_are_not_finite_are_named(argv, monkeypatch, capsys):
     monkeypatch.setattr(train, "outputs", lambda title, *rest, **more: outputs(
         title, *rest, **more) * (torch.nan if "backbone" in title else 1))
     said = said_by_cli(argv, monkeypatch, capsys)
-    assert "backbone features hold NaN" in said and len(said.splitlines()) == 1
+    assert "features of backbone train tiles: NaN" in said and len(said.splitlines()) == 1
 
 
 def test_a_text_that_collapses_is_said_once(argv, capsys):

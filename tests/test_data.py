@@ -33,15 +33,12 @@ def test_tiles_are_torchvisions_in_its_order(world):
     assert list(zip(tiles.paths, tiles.labels)) == theirs.samples and len(tiles) == 24
 
 
-def test_validation_is_val_or_a_share_of_the_training_tiles(world, tmp_path):
+def test_validation_is_val_or_a_fifth_of_the_training_tiles(world, tmp_path):
     write_tiles(tmp_path / "two" / "train", {"A": 10, "B": 5})
     write_tiles(tmp_path / "two" / "test", {"A": 1, "B": 1})
-    for folder, fraction, part, trained, validated in (
-            ("tiles", None, "val", 24, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
-            ("tiles", 0.25, "train", 18, [0, 0, 1, 1, 2, 2]),
-            ("two", None, "train", 12, [0, 0, 1])):
-        train, val = (load_tiles(tmp_path / folder, split, val_fraction=fraction)
-                      for split in ("train", "val"))
+    for folder, part, trained, validated in (("tiles", "val", 24, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+                                             ("two", "train", 12, [0, 0, 1])):
+        train, val = (load_tiles(tmp_path / folder, split) for split in ("train", "val"))
         assert len(train) == trained and val.labels == validated
         assert all(f"/{part}/" in path for path in val.paths)
         assert not set(train.paths) & set(val.paths)

@@ -42,7 +42,7 @@ def test_the_page_shows_the_figures_of_the_run_and_its_pairs(argv):
     assert train.results(metrics) in page.text
     assert all(train.shown(line) in page.text for line in log_of(argv))
     counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
-    assert page.rows[0] == ["", "A", "B", "C"]
+    assert page.rows[0] == ["true \\ predicted", "A", "B", "C"]
     assert counts == metrics["rows"]["CLIP-IT"]["confusion"]
     shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*?)</p>", page.source)
     assert len(shown) == page.tags.count("img") == 3 * 4  # four tiles of each class
