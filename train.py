@@ -874,7 +874,7 @@ PAPER = {  # Table 1: balanced accuracy in %, unimodal -> CLIP-IT
     "VITB_8": dict(pcam="87.54 → 91.92", bach="86.90 → 84.91", crc="95.71 → 95.66"),
     "VITS_8": dict(pcam="87.90 → 90.24", bach="81.01 → 82.55", crc="94.90 → 95.55"),
 }
-ROWS = ("vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "trained",
+ROWS = ("vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "validation", "trained",
         "complementarity")
 
 
@@ -890,6 +890,8 @@ def table(folder: Path, against: str) -> dict:
         figures["complementarity"] = 100 * metrics["complementarity"]["share"]
         if metrics["best"]:
             figures["trained"] = figures[list(metrics["rows"])[-1]]
+            if config["monitor"].endswith("acc"):  # to choose flags by
+                figures["validation"] = 100 * metrics["best"]["value"]
         seeds = variants.setdefault((config["ds"], config["model"], (*config["flags"],)), {})
         if config["sd"] in seeds:
             print(f"{path.parent}: seed {config['sd']} once more; its first run counts")
@@ -951,8 +953,7 @@ def within(low: float, high: float = 1e9):
     def number(text):
         value = type(low)(text)
         if not low <= value <= high:  # NaN is not, either
-            to = "or more" if high == 1e9 else f"to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} {to}")
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
         return value
     return number
 

@@ -65,7 +65,7 @@ def test_two_processes_go_on_with_what_one_began_and_give_what_one_gives(argv, w
 
 def test_bad_input_is_said_once(argv, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD", 2)
-    said = "train.py: argument --lora-r: 0: expected 1 or more; "
+    said = "train.py: argument --lora-r: 0: expected 1 to 1e+09; "
     said += "python train.py --help lists the flags\n"
     assert said_by_cli([*argv, "--lora-r", 0], monkeypatch, capsys) == said
     monkeypatch.setattr(train.time, "sleep", lambda seconds: sys.exit(0))  # torchrun ends it there
