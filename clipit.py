@@ -314,10 +314,13 @@ def find_backbone(name: str) -> tuple[dict | None, str, dict]:
         row = BACKBONES[name]
         return row["source"], row["architecture"], row["args"]
     kind, _, place = name.partition(":")
-    if kind == "hf-hub":
-        return _hub.load_model_config_from_hf(place)
-    if kind == "local-dir":
-        return _hub.load_model_config_from_path(place)
+    try:
+        if kind == "hf-hub":
+            return _hub.load_model_config_from_hf(place)
+        if kind == "local-dir":
+            return _hub.load_model_config_from_path(place)
+    except KeyError as missing:
+        raise ValueError(f"its config.json is not one of timm's: no {missing}") from None
     return None, name, {}
 
 
