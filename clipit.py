@@ -32,7 +32,6 @@ from PIL import Image
 from safetensors.torch import load_file, load_model
 from timm.models import _hub, vision_transformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -407,8 +406,6 @@ def main(argv=None) -> int:
     parser.add_argument("images", nargs="*", help="image files and folders (with all below them)")
     parser.add_argument("--csv", help="the file to write; unset, standard output")
     parser.add_argument("--wsinfer", help="a new folder, for the model as WSInfer reads it")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.images and not args.wsinfer:
         parser.error("images: expected files or folders")
@@ -420,16 +417,16 @@ def main(argv=None) -> int:
         write_wsinfer(classifier, Path(args.wsinfer))
     if not args.images:
         return 0
-    classifier.to(args.device)
+    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
     paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], 0
     for path in map(Path, args.images):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not inside and not path.is_file():
             raise FileNotFoundError(f"{path}: no image there ({' '.join(IMG_EXTENSIONS)})")
         paths += inside or [path]
-    for batch in tqdm(DataLoader(paths, args.batch, collate_fn=list), disable=None):
+    for start in tqdm(range(0, len(paths), 64), disable=None):
         readable, images = [], []
-        for path in batch:
+        for path in paths[start:start + 64]:
             try:
                 images.append(to_rgb(Image.open(path)))
                 readable.append(path)
@@ -477,6 +474,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("clipit.py: stopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:  # torch's: no such device, out of memory
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"clipit.py: {error}", file=sys.stderr)
         sys.exit(2)
