@@ -70,7 +70,7 @@ def stop(number):
 
 
 def fail(*args):
-    raise RuntimeError("no memory")
+    raise torch.OutOfMemoryError("no memory")
 
 
 @pytest.mark.parametrize("function, stops, code", [
