@@ -285,7 +285,7 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
         backbone.preprocess = tile_transform(size, mean, std)
         with torch.no_grad():
             v = backbone(torch.zeros(1, 3, size, size))
-        if v.ndim != 2:
+        if v.ndim != 2 or v.shape[1] == 0:  # timm 1.0.26's InceptionNeXt has none
             raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
     except Exception as error:  # timm and the hub raise of all kinds
         raise ValueError(

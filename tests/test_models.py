@@ -165,7 +165,7 @@ def test_a_backbone_comes_from_a_file_or_the_hub_and_back_as_a_classifier(tmp_pa
 
 @pytest.mark.parametrize("name", [
     "test_vit", "resnet10t", "test_convnext", "hiera_tiny_224", "poolformer_s12",
-    "edgenext_xx_small", "hgnetv2_b0", "test_mambaout", "inception_next_atto", "levit_128s",
+    "edgenext_xx_small", "hgnetv2_b0", "test_mambaout", "levit_128s",
     "deit_tiny_distilled_patch16_224", "mobilenetv3_small_050"])
 def test_a_classifier_in_a_file_of_weights_is_left_out(tmp_path, name):
     source = timm.create_model(name, num_classes=7).eval()
