@@ -633,7 +633,7 @@ def read_json(path: Path, keys) -> dict:
         missing = error
     if missing:
         raise ValueError(f"{path}: not a file of a run of this version ({missing}); remove it, or "
-                         "give --overwrite to begin the run anew")
+                         "begin the run anew by --overwrite")
     return facts
 
 
@@ -645,7 +645,7 @@ def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
             saved = torch.load(run / "last.pt", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch raise of all kinds
         raise ValueError(f"{run / 'last.pt'}: damaged ({str(error)[:100]})\nremove it, and the "
-                         "same command trains anew; features and pairs are kept") from None
+                         "same command trains anew") from None
     saved = from_all(saved)[0]
     if saved is None:
         return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": []}
@@ -661,8 +661,8 @@ def update_state(state: dict, line: dict, weights: dict[str, Tensor], args) -> N
     one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
     spreads = [look.get("text_spread", 1) for look in [*state["log"], line]]
     if args.lora_text and spreads[-1] < 0.1 <= min(spreads[:-1], default=1):  # for the first time
-        print("the reports' features have collapsed to nearly one direction (text_spread below "
-              "0.1): there is little left to distil; --lora-text 0 keeps them")
+        print("the reports' features have collapsed to nearly one direction (text_spread < 0.1): "
+              "little is left to distil; --lora-text 0 keeps them")
     value, gain = line.get(args.monitor, line["step"]), math.inf
     if state["best"] and args.monitor != "last":
         gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
@@ -796,13 +796,9 @@ def results(metrics: dict) -> str:
         figures = "".join(f"{100 * row[key]:12.2f}" for key in COLUMNS)
         lines.append((name + NOTES.get(name, " (image only)")).ljust(41) + figures)
     gained = metrics["complementarity"]
-    by_class = [f"{name} {part['tiles']} ({part['share']:.0%})"
-                for name, part in gained["per_class"].items()]
-    more = ["..."] if len(by_class) > 20 else []
-    lines += [f"complementarity: the text head is right where the vision head is wrong on "
-              f"{gained['tiles']} tiles, {gained['share']:.1%} of all, "
-              f"{gained['share_of_vision_errors']:.1%} of the vision head's errors",
-              f"  by class: {', '.join(by_class[:20] + more)}"]
+    lines.append(f"complementarity: the text head is right on {gained['tiles']} tiles where the "
+                 f"vision head is wrong, {gained['share']:.1%} of all, "
+                 f"{gained['share_of_vision_errors']:.1%} of its errors")
     return "\n".join(lines)
 
 
