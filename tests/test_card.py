@@ -9,9 +9,7 @@ import torch
 from conftest import DEMO
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
-from test_train import run_folder
 
-import train
 from clipit import BACKBONES, Classifier, ClipIT, load_backbone
 
 
@@ -22,37 +20,31 @@ def make_classifier(run=None, **recipe):
     return ClipIT(backbone, None, 2, backbone.num_features, 16).to_classifier(["a", "b"], run)
 
 
-def files_of(folder):
+def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_config_and_card_tell_of_the_run(argv, world):
-    metrics, folder = train.main(argv), run_folder(argv) / "classifier"
-    assert sorted(files_of(folder)) == ["README.md", "config.json", "model.safetensors"]
-    config, card = (files_of(folder)[name].decode() for name in ("config.json", "README.md"))
-    assert str(world) not in card + config  # nobody's folders are published
+def test_config_and_card_tell_of_the_run(finished, tmp_path):
+    files, metrics = contents(finished.folder / "classifier"), finished.metrics
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    config, card = (files[name].decode() for name in ("config.json", "README.md"))
+    assert str(finished.argv[1].parent) not in card + config  # nobody's folders are published
     run, figures = json.loads(config)["run"], ("balanced_accuracy", "accuracy", "macro_f1")
     for part, row in (("metrics", "CLIP-IT"), ("unimodal", "vision head")):
         assert run[part] == {key: metrics["rows"][row][key] for key in figures}
         assert f"{100 * metrics['rows'][row]['balanced_accuracy']:.2f} %" in card
     assert [run["data"], run["reports"], run["clip_model"]] == [
         "tiles", "reports.txt", "local-dir:clip"]
-    for said in ("For research only", "No text or\ntext model is in it", "**mit**",
-                 f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
-                 "`reports.txt`, paired with the tiles by `local-dir:clip`"):
-        assert said in card
-    Classifier.from_pretrained(folder).save_pretrained(world / "again")  # nothing is lost
-    assert files_of(world / "again") == files_of(folder)
-
-
-def test_a_run_without_text_names_no_reports(argv):
-    train.main([*argv, "--no-text"])
-    card = files_of(run_folder(argv) / "classifier")["README.md"].decode()
-    assert "CLIP-IT without text, this classifier" in card and "Training text" not in card
+    for words in ("For research only", "No text or\ntext model is in it", "**mit**",
+                  f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
+                  "`reports.txt`, paired with the tiles by `local-dir:clip`"):
+        assert words in card
+    Classifier.from_pretrained(finished.folder).save_pretrained(tmp_path)  # nothing is lost
+    assert contents(tmp_path) == files
 
 
 @pytest.mark.parametrize("name, licence", [
-    ("UNI", "cc-by-nc-nd-4.0"), ("DINOL14", "kaiko-non-commercial"), ("Virchow", "apache-2.0"),
+    ("UNI", "cc-by-nc-nd-4.0"), ("DINOL14", "kaiko-non-commercial"),
     ("prov-gigapath", "apache-2.0 with conditions"), ("mine", '"open": for #research'),
     ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
 def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence):
@@ -96,7 +88,7 @@ def test_push_to_hub_uploads_three_files_and_two_come_back(monkeypatch, tmp_path
                         lambda self, folder_path, **kwargs: shutil.copytree(folder_path, hub))
     monkeypatch.setattr("clipit.snapshot_download", snapshot_download)
     classifier.push_to_hub("org/model")
-    assert sorted(files_of(hub)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(contents(hub)) == ["README.md", "config.json", "model.safetensors"]
     assert (hub / "README.md").read_text() == str(classifier.generate_model_card())
     images = torch.randn(2, 3, 64, 64)
     again = Classifier.from_pretrained("org/model", revision="v1")

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from test_train import another, bytes_of, log_of, model_of, run_folder
+from conftest import ROOT, bytes_of, folder_of, log_of, model_of
 
 import lora
 import train
+from data import Tiles
 
 AUTHORS = {"model": "VITS_16", "ds": "crc", "run": "run1", "dir": "/tmp/x", "output": "o",
            "batch": "64", "lr": "0.001", "ep": "1", "worker": "2", "val-int": "0.1", "clip": "0.5",
@@ -19,6 +19,14 @@ AUTHORS = {"model": "VITS_16", "ds": "crc", "run": "run1", "dir": "/tmp/x", "out
            "lora-dropout": "0.1", "lora-text": "1", "lora-vision": "1", "monitor": "val_loss",
            "mod": "min", "patience": "5", "delta": "5", "early": "1", "log": "5", "wandb": "0",
            "chkpnt": "1", "sd": "0", "kd-layers": "2"}
+README = (ROOT / "README.md").read_text()
+
+
+def shown_by_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.parse_args(["--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mark", ["-", "_"])
@@ -40,29 +48,39 @@ def test_a_switch_is_off_and_turned_on_with_a_value_or_without(name, monkeypatch
     assert values == [0, 1, 1, 0]
 
 
-def test_flags_are_taken_with_underscores_too_and_the_run_is_named_after_what_differs():
+def test_a_run_is_named_after_the_flags_that_differ(tmp_path):
     args = train.parse_args(["--lora_r", "4", "--kd_layers=2", "--no_text"])
     assert (args.lora_r, args.kd_layers, args.no_text, args.ds) == (4, 2, True, "demo")
     assert args.run == "lora-r-4_kd-layers-2_no-text"
     assert train.parse_args([]).run == "base"
+    args = train.parse_args(["--ds", tmp_path, "--reports", "reports.txt"])
+    assert (args.model, args.clip_model) == ("UNI", "conch")
 
 
-def test_help_shows_every_flag(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    flags = vars(train.parse_args([])).keys() - {"device", "flags", "variant", "bf16"}
-    assert ended.value.code == 0 and len(flags) > 40
-    assert all(f"--{name.replace('_', '-')} " in shown for name in flags)
+def test_the_authors_setting_is_one_flag():
+    args = train.parse_args(["--authors"])
+    assert (args.lora_text, args.ep, args.monitor, args.lora_alpha) == (1, 1, "last", 8.0)
+    assert train.parse_args(["--authors", "--ep", 3]).ep == 3 and args.run == "authors"
+
+
+def test_the_authors_augmentation_of_pcam_is_one_of_tile_and_epoch(argv, world):
+    tile = str(next((world / "tiles" / "train" / "A").iterdir()))
+    tiles = Tiles([tile] * 2, [0, 0], ["A"], lambda image: torch.tensor(list(image.tobytes())))
+    args = train.parse_args([*argv, "--authors"])
+    assert train.augment(tiles, 0, args) is tiles
+    args.ds = "pcam"
+    once, again, other = (train.augment(tiles, epoch, args)[0][0] for epoch in (0, 0, 1))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    assert not torch.equal(once, tiles[0][0])
 
 
 @pytest.mark.parametrize("targets, more", [
     (["linear"], []), (["conv2d"], ["--lora-text", 0]), (["embedding"], ["--lora-vision", 0]),
-    (["embedding", "linear"], []), (["conv2d", "linear", "embedding"], []),
-    (["conv2d", "embedding"], ["--no-lin"])])
-def test_lora_adapts_the_kinds_that_are_asked_for_and_no_others(argv, targets, more):
+    (["conv2d", "linear", "embedding"], []), (["conv2d", "embedding"], ["--no-lin"])])
+def test_lora_adapts_the_kinds_that_are_asked_for_and_no_others(finished, targets, more):
     asked = more if more == ["--no-lin"] else ["--lora-targets", *targets, *more]
-    model = model_of([*argv, "--lora-text", 1, *asked])
+    run = ["--run", "-".join(targets), "--lora-text", 1]
+    model = model_of([*finished.argv, *run, *asked])
     adapters = {name: type(part) for name, part in model.named_modules()
                 if isinstance(part, lora._LoRA)}
     kinds = {kind for kind in lora.TARGETS if lora.TARGETS[kind] in adapters.values()}
@@ -72,14 +90,15 @@ def test_lora_adapts_the_kinds_that_are_asked_for_and_no_others(argv, targets, m
     assert ("backbone" in towers) == ("--lora-vision" not in more)
 
 
-def test_the_schedule_is_a_cosine_by_step_down_to_a_tenth(argv):
-    train.main([*argv, "--scheduler", 1, "--val-int", 0.01])
+def test_the_schedule_is_a_cosine_by_step_down_to_a_tenth(finished):
+    argv = [*finished.argv, "--run", "schedule", "--scheduler", 1, "--val-int", 0.01]
+    train.main(argv)
     for line in log_of(argv):
         share = (1 + math.cos(math.pi * line["step"] / 6)) / 2
         assert line["lr"] == pytest.approx(1e-4 + (1e-3 - 1e-4) * share)
 
 
-def test_gradients_are_clipped_and_weight_decay_is_l2_in_the_gradient(argv, monkeypatch):
+def test_gradients_are_clipped_and_weight_decay_is_l2_in_the_gradient(finished, monkeypatch):
     norms, step = [], torch.optim.Adam.step
 
     def watched(self, *args, **kwargs):
@@ -88,11 +107,10 @@ def test_gradients_are_clipped_and_weight_decay_is_l2_in_the_gradient(argv, monk
         norms.append(torch.cat([p.grad.flatten() for p in group["params"]]).norm().item())
         return step(self, *args, **kwargs)
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    train.main(another(argv, "a"))
-    assert max(norms) == pytest.approx(0.5, abs=1e-4)
-    norms.clear()
-    train.main(another(argv, "b", "--clip", 0))
-    assert max(norms) > 0.6
+    for limit in (0.5, 0):  # the default, none
+        train.main([*finished.argv, "--run", f"clip-{limit}", "--clip", limit, "--ep", 1])
+    assert max(norms[:3]) == pytest.approx(0.5, abs=1e-4)
+    assert len(norms) == 6 and max(norms[3:]) > 0.6
 
 
 def test_double_softmax_is_cross_entropy_of_the_probabilities():
@@ -102,63 +120,61 @@ def test_double_softmax_is_cross_entropy_of_the_probabilities():
         return train.clipit_loss(train.forward(model, logits, None, None, None, args)[0], labels,
                                  None, None)[0]
     logits, labels = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]]), torch.tensor([2, 1])
-    p, theirs = logits.softmax(dim=1), ["--authors"]
-    expected = -(p.softmax(dim=1)[[0, 1], labels].log()).mean()
+    expected = -(logits.softmax(dim=1).softmax(dim=1)[[0, 1], labels].log()).mean()
     plain = F.cross_entropy(logits, labels).item()
     assert loss_of(logits, labels) == pytest.approx(plain)
-    loss = loss_of(logits, labels, *theirs)
+    loss = loss_of(logits, labels, "--authors")
     assert loss == pytest.approx(expected.item()) and abs(loss - plain) > 0.01
     # the floor of the authors' loss with three classes: a certain and right answer is not free
-    certain = loss_of(torch.tensor([[100.0, 0, 0]]), torch.tensor([0]), *theirs)
+    certain = loss_of(torch.tensor([[100.0, 0, 0]]), torch.tensor([0]), "--authors")
     assert certain == pytest.approx(math.log(1 + 2 / math.e))
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(argv):
-    for run, more in (("a", []), ("b", ["--grad-checkpointing"])):
-        assert model_of(another(argv, run, *more)).backbone.grad_checkpointing == bool(more)
-        train.main(another(argv, run, *more))
-    for a, b in zip(log_of(another(argv, "a")), log_of(another(argv, "b")), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-6)
+def test_gradient_checkpointing_changes_nothing_but_memory(finished):
+    argv = [*finished.argv, "--run", "memory", "--grad-checkpointing"]
+    assert model_of(argv).backbone.grad_checkpointing
+    train.main(argv)
+    for ours, plain in zip(log_of(argv), log_of(finished.argv), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+        assert ours["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-6)
 
 
-def test_mixed_precision_trains_alike_and_resumes(argv, monkeypatch):
+def test_mixed_precision_trains_alike_and_resumes(finished, monkeypatch):
     complete = train.complete
 
     def in_bf16(args, parser):  # as on a GPU that has it
         args = complete(args, parser)
         args.bf16 = True
         return args
-    plain, mixed = (another([*argv, "--ep", 1], run) for run in ("plain", "mixed"))
-    train.main(plain)
     monkeypatch.setattr(train, "complete", in_bf16)
-    train.main(mixed)
-    first, second = log_of(plain)[0], log_of(mixed)[0]
-    assert first["val_loss"] != second["val_loss"] == pytest.approx(first["val_loss"], rel=0.1)
-    held = bytes_of(mixed)
-    (run_folder(mixed) / "metrics.json").unlink()
-    train.main(mixed)
-    assert bytes_of(mixed) == held
+    argv = [*finished.argv, "--run", "mixed"]
+    train.main(argv)
+    plain, mixed = (log_of(run)[0]["val_loss"] for run in (finished.argv, argv))
+    assert plain != mixed == pytest.approx(plain, rel=0.1)
+    held = bytes_of(argv)
+    (folder_of(argv) / "metrics.json").unlink()
+    train.main(argv)
+    assert bytes_of(argv) == held
 
 
-def test_the_readme_names_tests_and_flags_that_are_there(capsys):
-    readme = (ROOT / "README.md").read_text()
+def test_help_shows_every_flag_and_the_readme_names_flags_and_tests_that_are_there(capsys):
+    shown = shown_by_help(capsys)
+    names = vars(train.parse_args([])).keys() - {"device", "flags", "variant", "bf16"}
+    assert len(names) > 40
+    assert all(f"--{name.replace('_', '-')} " in shown for name in names)
+    others = {"--nproc_per_node", "--csv", "--wsinfer",  # of torchrun, clipit.py; of WSInfer
+              "--wsi-dir", "--results-dir", "--config", "--model-path", "--out", "--world"}
+    flags = {*others, *re.findall(r"--[a-z][\w-]+", shown)}
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert len(used) > 20 and used <= flags, used - flags
     files = list((ROOT / "tests").glob("test_*.py"))
     tests = {name for path in files
              for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
-    named = set(re.findall(r"\btest_\w+", readme)) - {path.stem for path in files}
+    named = set(re.findall(r"\btest_\w+", README)) - {path.stem for path in files}
     assert len(named) > 15 and named <= tests, named - tests
-    with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
-    others = {"--nproc_per_node", "--csv", "--wsinfer",  # of torchrun, clipit.py; of WSInfer
-              "--wsi-dir", "--results-dir", "--config", "--model-path", "--out", "--world"}
-    flags = {*others, *re.findall(r"--[a-z][\w-]+", capsys.readouterr().out)}
-    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme))
-    assert len(used) > 20 and used <= flags, used - flags
 
 
 def test_the_readme_quotes_the_papers_table_as_the_code_has_it():
-    readme = (ROOT / "README.md").read_text()
     assert len(train.PAPER) == 6
     for model, row in train.PAPER.items():
-        assert f"| {model} | {' | '.join(row[ds] for ds in ('pcam', 'bach', 'crc'))} |" in readme
+        assert f"| {model} | {' | '.join(row[ds] for ds in ('pcam', 'bach', 'crc'))} |" in README

@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from train import scores
+from train import complementarity, scores, text_spread
 
 
 def test_three_classes_by_hand():
@@ -26,15 +27,18 @@ def test_a_class_absent_from_the_test_set_counts_only_where_it_is_predicted():
     assert math.isnan(row["recall"][2])
 
 
-def test_two_classes_perfect_and_reversed():
-    labels = torch.tensor([0, 1, 1])
-    p = torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.1, 0.9]])
-    for probabilities, figure in ((p, 1), (1 - p, 0)):
-        row = scores(probabilities, labels)
-        for key in ("balanced_accuracy", "accuracy", "macro_f1"):
-            assert row[key] == figure
+def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_too():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    vision, text = torch.eye(2)[[0, 1, 1, 1, 0]], torch.eye(2)[[1, 0, 1, 0, 1]]
+    assert complementarity(vision, text, labels, ["a", "b"]) == {
+        "tiles": 2, "share": 2 / 5, "share_of_vision_errors": 2 / 3,
+        "per_class": {"a": {"tiles": 1, "share": 1 / 3}, "b": {"tiles": 1, "share": 1 / 2}}}
 
 
-def test_one_tile():
-    row = scores(torch.tensor([[0.3, 0.7]]), torch.tensor([1]))
-    assert row["balanced_accuracy"] == row["accuracy"] == row["macro_f1"] == 1
+def test_text_spread_is_one_minus_the_mean_cosine_of_two_reports():
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    cosines = [F.cosine_similarity(features[i], features[j], dim=0).item()
+               for i in range(7) for j in range(7) if i != j]
+    expected = 1 - sum(cosines) / len(cosines)
+    assert text_spread(features) == pytest.approx(expected, abs=1e-6)
+    assert text_spread(features[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)

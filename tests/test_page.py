@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import torch
+from conftest import REPORTS, folder_of, log_of, model_of, rows_of
 from PIL import Image
-from test_train import another, log_of, model_of, rows_of, run_folder
 
 import data
 import train
@@ -36,29 +36,29 @@ class Page(HTMLParser):
         self.text += text
 
 
-def test_the_page_shows_the_figures_of_the_run_and_its_pairs(argv):
-    metrics, run, reports = train.main(argv), run_folder(argv), data.load_reports(argv[3])
-    page, pairs = Page(run), {row["tile"]: row for row in rows_of(argv, "pairs.csv")}
-    assert train.results(metrics) in page.text
-    assert all(train.shown(line) in page.text for line in log_of(argv))
+def test_the_page_shows_the_figures_of_the_run_and_its_pairs(finished):
+    page = Page(finished.folder)
+    pairs = {row["tile"]: row for row in rows_of(finished.argv, "pairs.csv")}
+    assert train.results(finished.metrics) in page.text
+    assert all(train.shown(line) in page.text for line in log_of(finished.argv))
     counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
     assert page.rows[0] == ["true \\ predicted", "A", "B", "C"]
-    assert counts == metrics["rows"]["CLIP-IT"]["confusion"]
+    assert counts == finished.metrics["rows"]["CLIP-IT"]["confusion"]
     shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*?)</p>", page.source)
     assert len(shown) == page.tags.count("img") == 3 * 4  # four tiles of each class
     for similarity, number, text, tile in shown:
         row = pairs[html.unescape(tile)]
         assert row["split"] == "train" and row["report"] == number
         assert similarity == f"{float(row['similarity']):.3f}"
-        assert html.unescape(text) == reports[int(number)][:500]
+        assert html.unescape(text) == REPORTS[int(number)][:500]
     assert json.loads(page.text.rpartition("Flags")[2])["config"]["lora_r"] == 16
 
 
 def test_the_page_is_there_after_the_pairing_and_after_a_run_without_training(argv):
     model_of(argv)  # ends before step 4
-    page, alone = Page(run_folder(argv)), another(argv, "alone", "--ep", 0)
+    page, alone = Page(folder_of(argv)), [*argv, "--run", "alone", "--ep", 0]
     assert page.tags.count("img") == 12 and not page.rows and "step 3" not in page.text
-    assert train.results(train.main(alone)) in Page(run_folder(alone)).text
+    assert train.results(train.main(alone)) in Page(folder_of(alone)).text
 
 
 def test_text_of_others_is_shown_and_never_interpreted(argv, world):
@@ -66,8 +66,9 @@ def test_text_of_others_is_shown_and_never_interpreted(argv, world):
     for split in ("train", "val", "test"):
         (world / "tiles" / split / "A").rename(world / "tiles" / split / bad)
     (world / "reports.txt").write_text(f"{bad} one\n{bad} two\n")
-    train.main(another(argv, bad, "--ep", 0))
-    page = Page(run_folder(another(argv, bad)))
+    argv += ["--run", bad, "--ep", 0]
+    train.main(argv)
+    page = Page(folder_of(argv))
     assert page.rows[0][1] == page.rows[1][0] == bad  # the names of a column and a row
     assert page.text.count(bad) > 12 and html.escape(f"tiles/{bad}") in page.source
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, folder_of
 from PIL import Image
-from test_train import run_folder
 
 import clipit
 import train
@@ -47,17 +46,18 @@ def write_slide(path: Path) -> np.ndarray:
 
 def test_wsinfer_over_a_slide_gives_what_predict_gives(argv, tmp_path):
     train.main([*argv, "--mpp", MPP])
-    classifier = clipit.Classifier.from_pretrained(run_folder(argv) / "classifier")
-    assert clipit.main([str(run_folder(argv)), "--wsinfer", str(tmp_path / "model")]) == 0
-    (tmp_path / "slides").mkdir()
-    pixels = write_slide(tmp_path / "slides" / "slide.tiff")
+    classifier = clipit.Classifier.from_pretrained(folder_of(argv))
+    slides, out, model = (tmp_path / name for name in ("slides", "out", "model"))
+    assert clipit.main([str(folder_of(argv)), "--wsinfer", str(model)]) == 0
+    slides.mkdir()
+    pixels = write_slide(slides / "slide.tiff")
     command = [sys.executable, "-c", WSINFER, "--backend", "openslide", "run", "--num-workers", "1",
-               "--wsi-dir", tmp_path / "slides", "--results-dir", tmp_path / "out", "--config", tmp_path / "model" / "config.json",
-               "--model-path", tmp_path / "model" / "torchscript_model.pt"]
+               "--wsi-dir", slides, "--results-dir", out, "--config", model / "config.json",
+               "--model-path", model / "torchscript_model.pt"]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"WSINFER_FORCE_CPU": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    with open(tmp_path / "out" / "model-outputs-csv" / "slide.csv") as file:
+    with open(out / "model-outputs-csv" / "slide.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) > COLUMNS ** 2 / 2
     images = []
