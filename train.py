@@ -69,14 +69,14 @@ def main(argv=None) -> dict:
 
     # 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is read
     text_emb = embed_reports(clip, reports, args)  # (M, d)
-    image_emb = embed_tiles(clip, tiles, args)  # split -> (N, d)
+    image_emb = tile_features("CLIP", clip.encode_image, clip.preprocess, tiles, args)  # (N, d)
     pairs, similarity = {}, {}
     for split in SPLITS:
         pairs[split], similarity[split] = nearest_text(image_emb[split], text_emb)  # (N,), (N,)
     write_pairs(run, tiles, pairs, similarity, reports)
 
     # 2. Vision head h_v on the frozen backbone: the unimodal row
-    v = backbone_features(backbone, tiles, args)  # split -> (N, D)
+    v = tile_features("backbone", backbone, backbone.preprocess, tiles, args)  # split -> (N, D)
     torch.manual_seed(args.sd)
     vision_head = nn.Linear(backbone.num_features, len(classes))
     train_head("vision head", vision_head, v, labels, args.sd)
@@ -344,18 +344,15 @@ def embed_reports(clip, reports, args) -> Tensor:
     return cached(["CLIP", "reports"], args, lambda: embed_texts(clip, list(reports)))
 
 
-def embed_tiles(clip, tiles: dict[str, Tiles], args) -> dict[str, Tensor]:
-    """CLIP features of the tiles, split -> (N, d). The first look at every tile: one that cannot be
-    read ends the run here."""
-    tiles = {split: tiles[split].with_transform(clip.preprocess) for split in SPLITS}
-    return {split: cached(["CLIP", f"{split} tiles"], args, lambda: outputs(
-        f"CLIP features, {split}", clip.encode_image, tiles[split], args)) for split in SPLITS}
-
-
-def backbone_features(backbone: nn.Module, tiles: dict[str, Tiles], args) -> dict[str, Tensor]:
-    """Features of the frozen backbone, split -> (N, D)."""
-    return {split: cached(["backbone", f"{split} tiles"], args, lambda: outputs(
-        f"backbone features, {split}", backbone, tiles[split], args)) for split in SPLITS}
+def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor]:
+    """split -> what the frozen model ("CLIP", "backbone") gives for its tiles, (N, ...). CLIP's are
+    the first look at every tile: one that cannot be read ends the run there."""
+    features = {}
+    for split in SPLITS:
+        images = tiles[split].with_transform(preprocess)
+        features[split] = cached([name, f"{split} tiles"], args, lambda: outputs(
+            f"{name} features, {split}", model, images, args))
+    return features
 
 
 @torch.no_grad()
