@@ -941,6 +941,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; python train.py --help lists the flags")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
 def within(low: float, high: float = 1e9):
     """An argparse type: numbers from low to high; integers where low is one."""
     def number(text):
@@ -956,8 +960,7 @@ SHARE, BELOW_1 = within(0.001, 0.999), within(0.0, 0.99)
 
 
 def build_parser() -> Parser:
-    parser = Parser("train.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("train.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
 
     def flag(name, default, help, type=str, **kwargs):
         parser.add_argument(f"--{name}", default=default, help=help, type=type, **kwargs)
