@@ -7,13 +7,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, Hostile
 from PIL import Image
 
 import pairing
 from lora import inject_lora, merge_lora
 from pairing import ConchTokenizer, build_conch, load_clip
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 TINY = dict(width=64, layers=2)
 
 
@@ -149,27 +150,24 @@ def test_checkpoint_may_be_wrapped_and_hold_the_captioning_parts(small_conch, tm
     torch.save(wrap(state | {key: torch.ones(1) for key in extra}), tmp_path / "conch.bin")
     clip = load_clip("conch", weights=tmp_path / "conch.bin")
     for part, tower in (("visual", clip.image_tower), ("text", clip.text_tower)):
+        assert not any(p.requires_grad for p in tower.parameters())
         for key, value in tower.state_dict().items():
             assert torch.equal(value, state[f"{part}.{key}"]), key
-        assert not any(p.requires_grad for p in tower.parameters())
 
 
-def test_a_missing_an_unknown_and_a_hostile_checkpoint_are_refused(small_conch, tmp_path):
-    path, state = tmp_path / "conch.bin", small_conch.state_dict()
-
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
+def test_a_missing_an_unknown_and_a_hostile_checkpoint_are_refused(small_conch, tmp_path,
+                                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = small_conch.state_dict()
     lacking = {key: x for key, x in state.items() if key != "text.cls_emb"}
     for content, says in (
             (lacking, "Missing.*text.cls_emb"),
             (state | {"visual.head.weight": torch.ones(1)}, "Unexpected.*visual.head.weight"),
             ({"text.cls_emb": Hostile()}, "weights_only")):
-        torch.save(content, path)
-        with pytest.raises(ValueError, match=f"--clip-weights {path}: could not be loaded.*{says}"):
-            load_clip("conch", weights=path)
-    assert not (tmp_path / "executed").exists()
+        torch.save(content, "conch.bin")
+        with pytest.raises(ValueError, match=f"--clip-weights conch.bin: could not .*{says}"):
+            load_clip("conch", weights="conch.bin")
+    assert not Path("executed").exists()
 
 
 def test_images_are_made_448_with_openai_statistics(small_conch):
@@ -207,15 +205,13 @@ def tokenizer_file(tmp_path):
     ("ΟΣ", ["Ġ", "Î", "¿", "Ï", "ĥ"]),            # lower case by character: no final sigma
     ("\the", ["Ġ", "ĉ", "he"]),                   # a tab is no space: the prefix comes before it
     ("a  he", ["Ġ", "a", "Ġ", "Ġhe"]),
-    ("112", ["Ġ", "1", "12"]),
-    ("he's", ["Ġhe", "'", "s"]),
+    ("112 he's", ["Ġ", "1", "12", "Ġhe", "'", "s"]),
     ("x<|date|>he", ["Ġ", "x", "<|date|>", "Ġhe"]),  # each segment is a text of its own
     ("<|DATE|>", ["Ġ", "<", "|", "d", "a", "t", "e", "|", ">"]),
     ("", []),
-    ("a" * 124, ["Ġ", *"a" * 124]),               # 125 of them at most: the last is cut off below
-    ("a" * 125, ["Ġ", *"a" * 124]),
+    ("a" * 125, ["Ġ", *"a" * 124]),               # 125 of them at most: the last is cut off
     ("b " * 300, ["Ġ", *"bĠ" * 62]),
-], ids=range(15))
+], ids=range(13))
 def test_byte_pair_encoding(tokenizer_file, text, symbols):
     path, vocab = tokenizer_file
     row = ConchTokenizer(path)([text])[0].tolist()
