@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import DEMO, REPORTS
 from PIL import Image
 
-from clipit import (BACKBONES, Classifier, ClipIT, clipit_loss, load_backbone, text_classifier,
+from clipit import (Classifier, ClipIT, clipit_loss, load_backbone, text_classifier,
                     tile_transform)
 from lora import inject_lora
 from pairing import load_clip
@@ -114,20 +114,6 @@ def test_the_classifier_equals_the_trained_model_and_holds_no_text(options, tmp_
     assert again.classes == CLASSES and again.text_tower is None and not again.training
     assert not any("lora" in key or "text_tower" in key for key in again.state_dict())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore:.*jit.trace", "ignore:Converting a tensor")
-def test_export_and_trace_of_resampled_positions_give_the_same_logits_at_any_batch(monkeypatch):
-    row = BACKBONES["DINOL14"] | dict(
-        architecture="test_vit", args=dict(img_size=160, dynamic_img_size=True))
-    monkeypatch.setitem(BACKBONES, "DINOL14", row)
-    backbone, batch = load_backbone("DINOL14", "none"), torch.randn(2, 3, 96, 96)
-    classifier = ClipIT(backbone, None, C, backbone.num_features, 16).to_classifier(CLASSES)
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    exported = torch.export.export(classifier, (batch,), dynamic_shapes=shapes).module()
-    for other in (exported, torch.jit.trace(classifier, batch)):
-        for images in (batch[:1], batch.repeat(3, 1, 1, 1)):
-            torch.testing.assert_close(other(images), classifier(images), atol=1e-5, rtol=0)
 
 
 def test_batch_norm_of_a_frozen_backbone_keeps_its_statistics():

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Hostile
+from conftest import ROOT
 from PIL import Image
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import pairing
 from lora import inject_lora, merge_lora
@@ -66,7 +67,10 @@ def test_features_equal_the_original_package(monkeypatch):
     state = original_weights(expected["seed"])  # in memory: a file of them has 0.8 GB
     monkeypatch.setattr(timm.models, "load_state_dict", lambda path, **settings: state)
     clip = load_clip("conch", weights="conch.bin")
-    assert clip.dim == 512
+    white = clip.preprocess(Image.new("L", (600, 500), 255))
+    assert clip.dim == 512 and white.shape == (3, 448, 448)
+    expected_white = (1 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
+    torch.testing.assert_close(white.mean((1, 2)), expected_white)
     generator = torch.Generator().manual_seed(expected["seed"] + 1)
     with torch.inference_mode():
         got = {"text": clip.encode_text(torch.tensor(expected["tokens"]))}
@@ -134,48 +138,21 @@ def test_keys_and_sizes_are_those_of_the_published_file_and_lora_of_the_text_the
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 
-@pytest.fixture
-def small_conch(monkeypatch):
-    monkeypatch.setattr(pairing, "build_conch", lambda: build_conch(**TINY))
-    return build_conch(**TINY)
-
-
 @pytest.mark.parametrize("wrap", [
     dict, lambda state: {"state_dict": state},
     lambda state: {f"module.{key}": value for key, value in state.items()}])
-def test_checkpoint_may_be_wrapped_and_hold_the_captioning_parts(small_conch, tmp_path, wrap):
+def test_checkpoint_may_be_wrapped_and_hold_the_captioning_parts(tmp_path, wrap, monkeypatch):
+    small = build_conch(**TINY)
+    monkeypatch.setattr(pairing, "build_conch", lambda: build_conch(**TINY))
     extra = ("logit_scale", "text_decoder.text_projection", "visual.attn_pool_caption.query",
              "visual.ln_caption.bias")
-    state = small_conch.state_dict()
+    state = small.state_dict()
     torch.save(wrap(state | {key: torch.ones(1) for key in extra}), tmp_path / "conch.bin")
     clip = load_clip("conch", weights=tmp_path / "conch.bin")
     for part, tower in (("visual", clip.image_tower), ("text", clip.text_tower)):
         assert not any(p.requires_grad for p in tower.parameters())
         for key, value in tower.state_dict().items():
             assert torch.equal(value, state[f"{part}.{key}"]), key
-
-
-def test_a_missing_an_unknown_and_a_hostile_checkpoint_are_refused(small_conch, tmp_path,
-                                                                   monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = small_conch.state_dict()
-    lacking = {key: x for key, x in state.items() if key != "text.cls_emb"}
-    for content, says in (
-            (lacking, "Missing.*text.cls_emb"),
-            (state | {"visual.head.weight": torch.ones(1)}, "Unexpected.*visual.head.weight"),
-            ({"text.cls_emb": Hostile()}, "weights_only")):
-        torch.save(content, "conch.bin")
-        with pytest.raises(ValueError, match=f"--clip-weights conch.bin: could not .*{says}"):
-            load_clip("conch", weights="conch.bin")
-    assert not Path("executed").exists()
-
-
-def test_images_are_made_448_with_openai_statistics(small_conch):
-    image = load_clip("conch", weights="none").preprocess(Image.new("L", (600, 500), 255))
-    assert image.shape == (3, 448, 448)
-    white = ((1 - torch.tensor([0.48145466, 0.4578275, 0.40821073]))
-             / torch.tensor([0.26862954, 0.26130258, 0.27577711]))
-    torch.testing.assert_close(image.mean((1, 2)), white)
 
 
 # ---- Tokenizer ----------------------------------------------------------------------------------
@@ -225,16 +202,14 @@ def test_tokenizer_file_is_downloaded_once_and_checked(tmp_path, monkeypatch, to
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     url, sha256 = published.as_uri(), hashlib.sha256(content).hexdigest()
     monkeypatch.setattr(pairing, "CONCH_TOKENIZER", (url, sha256))
-    for wrong in (content[:-1], None):  # another file, none
-        published.unlink() if wrong is None else published.write_bytes(wrong)
-        with pytest.raises(ValueError, match="could not download its tokenizer") as raised:
-            ConchTokenizer()(["hello"])
-        assert f"put {url} at {cached}, or take --clip-model quilt" in str(raised.value)
-        assert not list(cached.parent.iterdir())
-    published.write_bytes(content)
-    assert ConchTokenizer()(["hello"])[0, 0] == 1
-    cached.write_bytes(content[:-1])  # damaged: once more
-    assert ConchTokenizer()(["hello"])[0, 0] == 1
-    published.unlink()
-    assert ConchTokenizer()(["hello"])[0, 0] == 1
-    assert list(cached.parent.iterdir()) == [cached]
+    published.write_bytes(content[:-1])  # another file
+    with pytest.raises(ValueError, match="could not download its tokenizer") as raised:
+        ConchTokenizer()(["hello"])
+    assert f"put {url} at {cached}, or take --clip-model quilt" in str(raised.value)
+    assert not list(cached.parent.iterdir())
+    for there, here in ((content, None), (content, content[:-1]), (b"", content)):
+        published.write_bytes(there)  # what is here is damaged the second time, whole the third
+        if here:
+            cached.write_bytes(here)
+        assert ConchTokenizer()(["hello"])[0, 0] == 1
+        assert list(cached.parent.iterdir()) == [cached]

@@ -32,33 +32,34 @@ def test_a_flag_out_of_range_is_named(says, flag, value, words):
     says([flag, value], flag, words, "python train.py --help")
 
 
-@pytest.mark.parametrize("flag, value, choice", [
-    ("--ds", "none", "demo"), ("--model", "none", "UNI"), ("--clip-model", "none", "quilt"),
-    ("--reports", "none", "authors:"), ("--weights", "no.pth", "FileNotFoundError"),
-    ("--clip-weights", "no.pth", "--clip-weights FILE"), ("--table", "none", "no metrics.json")])
-def test_what_is_not_there_is_named_with_the_choices(says, flag, value, choice):
-    says([flag, value], f"{flag} {value}", choice)
+@pytest.mark.parametrize("given, words", [
+    ("--ds none", "demo"), ("--model none", "UNI"), ("--clip-model none", "quilt"),
+    ("--reports none", "authors:"), ("--weights no.pth", "FileNotFoundError"),
+    ("--clip-weights no.pth", "--clip-weights FILE"), ("--table none", "no metrics.json"),
+    ("--reports one.txt", "1 distinct"), ("--dir one.txt", "one.txt"), ("--wandb", "wandb")])
+def test_what_is_not_there_or_cannot_be_used_is_named(says, world, given, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    monkeypatch.chdir(world)
+    (world / "one.txt").write_text("one\n")
+    says(given.split(), *given.split()[1:], words)
+    assert (world / "one.txt").read_text() == "one\n"
 
 
-def test_a_missing_split_is_named(says, world):
-    shutil.rmtree(world / "tiles" / "test")
-    says([], "no folder", world / "tiles" / "test")
-    shutil.move(world / "tiles" / "train", world / "tiles" / "test")
-    says([], "no folder", world / "tiles" / "train")
-
-
-def test_classes_that_are_missing_or_differ_are_named(says, world):
-    (world / "tiles" / "test" / "C").rename(world / "tiles" / "test" / "D")
-    says([], world / "tiles" / "test", "['A', 'B', 'D']", "['A', 'B', 'C']")
-    train_folder = world / "tiles" / "train"
-    for path in (train_folder / "B").iterdir():
+def test_a_missing_split_and_classes_that_are_missing_or_differ_are_named(says, world):
+    tiles, test = world / "tiles" / "train", world / "tiles" / "test"
+    (test / "C").rename(test / "D")
+    says([], test, "['A', 'B', 'D']", "['A', 'B', 'C']")
+    for path in (tiles / "B").iterdir():
         path.unlink()
-    says([], train_folder, "the classes B.")  # torchvision's words: no valid file
-    shutil.rmtree(train_folder)
-    train_folder.mkdir()
-    says([], train_folder, "[]", "two or more")
-    write_tiles(train_folder, {"A": 9})
-    says([], train_folder, "['A']", "two or more")
+    says([], tiles, "the classes B.")  # torchvision's words: no valid file
+    shutil.rmtree(tiles)
+    tiles.mkdir()
+    says([], tiles, "[]", "two or more")
+    write_tiles(tiles, {"A": 9})
+    says([], tiles, "['A']", "two or more")
+    for folder in (test, tiles):
+        shutil.rmtree(folder)
+        says([], "no folder", folder)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -68,22 +69,6 @@ def test_an_unreadable_tile_is_named_before_any_training(argv, world, split, sai
     told = said(argv)
     assert told.startswith(f"train.py: {path}: not a readable image (") and told.count("\n") == 1
     assert {file.name for file in folder_of(argv).iterdir()} == {"args.json", ".lock"}
-
-
-def test_an_output_folder_that_cannot_be_written_is_named(says, world):
-    (world / "file").write_text("in the way")
-    says(["--dir", world / "file"], world / "file")
-    assert (world / "file").read_text() == "in the way"
-
-
-def test_wandb_that_is_not_installed_is_one_line(says, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    says(["--wandb"], "wandb")
-
-
-def test_reports_that_cannot_be_used_are_named(says, world):
-    (world / "bad.txt").write_text("one\n")
-    says(["--reports", world / "bad.txt"], world / "bad.txt", "1 distinct")
 
 
 def test_a_kept_folder_of_the_name_of_a_data_set_is_said(tmp_path, monkeypatch, capsys):
