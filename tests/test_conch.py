@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import pairing
-from lora import inject_lora, merge_lora
+from lora import inject_lora
 from pairing import ConchTokenizer, build_conch, load_clip
 
 SHARED = ROOT.parent / "shared"
@@ -32,11 +32,6 @@ def large(model):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def padded(*lengths):
-    """Rows of tokens 1 ... n, then zeros; the last of the 128 columns is the placeholder."""
-    return torch.stack([F.pad(torch.arange(1, n + 1), (0, 128 - n)) for n in lengths])
 
 
 # ---- The original's numbers ---------------------------------------------------------------------
@@ -90,30 +85,16 @@ def test_tokens_equal_the_original_package():
 
 # ---- Towers -------------------------------------------------------------------------------------
 
-def test_every_layer_of_the_text_tower_is_adapted_and_every_adapter_acts():
-    """The output projection of attention too, which torch never calls but reads the weight of."""
-    text, tokens = build_conch(**TINY).text, padded(5, 126)
-    names = inject_lora(text, rank=3)
-    layers = [f"transformer.resblocks.{i}.{layer}" for i in (0, 1)
-              for layer in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")]
-    assert names == ["token_embedding", *layers]
-    trained = {name: p for name, p in large(text).named_parameters() if p.requires_grad}
-    features = text(tokens)
-    gradients = torch.autograd.grad(features[:, ::3].sum(), trained.values())
-    assert len(trained) == 2 * len(names)
-    torch.testing.assert_close(merge_lora(text)(tokens), features, rtol=1e-4, atol=1e-4)
-    for name, gradient in zip(trained, gradients):
-        assert gradient.abs().max() > 1e-4, name
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("length", [2, 126, 127])
 def test_cls_sees_the_tokens_and_the_first_pad_and_not_itself_nor_the_last_column(length):
-    text, masks, tokens = large(build_conch(**TINY).text), [], padded(length)
+    text, masks = large(build_conch(**TINY).text), []
+    # tokens 1 ... n, then zeros; the last of the 128 columns is the placeholder
+    tokens = F.pad(torch.arange(1, length + 1), (0, 128 - length))[None]
     expected = text(tokens)
     text.transformer.resblocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True)
-    tokens[:, -1] = 7  # a placeholder
+    tokens[:, -1] = 7
     assert torch.equal(text(tokens), expected)
     # Only with no pad left, 127 of 127, the cls sees itself
     assert masks[0].shape == (1, 128, 128)

@@ -27,21 +27,17 @@ def test_splits_and_shots_take_their_share_of_every_class_by_seed():
     assert drawn == draw_shots(LABELS, 15, seed=42) != draw_shots(LABELS, 15, seed=43)
 
 
-def test_tiles_are_torchvisions_in_its_order(world):
-    tiles, theirs = load_tiles(world / "tiles", "train"), ImageFolder(world / "tiles" / "train")
-    assert tiles.classes == theirs.classes == ["A", "B", "C"]
-    assert list(zip(tiles.paths, tiles.labels)) == theirs.samples and len(tiles) == 24
-
-
-def test_validation_is_val_or_a_fifth_of_the_training_tiles(world, tmp_path):
-    write_tiles(tmp_path / "two" / "train", {"A": 10, "B": 5})
-    write_tiles(tmp_path / "two" / "test", {"A": 1, "B": 1})
+def test_tiles_are_torchvisions_and_validation_is_val_or_a_fifth_of_the_training_tiles(world):
+    write_tiles(world / "two" / "train", {"A": 10, "B": 5})
+    write_tiles(world / "two" / "test", {"A": 1, "B": 1})
     for folder, part, trained, validated in (("tiles", "val", 24, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
                                              ("two", "train", 12, [0, 0, 1])):
-        train, val = (load_tiles(tmp_path / folder, split) for split in ("train", "val"))
-        assert len(train) == trained and val.labels == validated
-        assert all(f"/{part}/" in path for path in val.paths)
-        assert not set(train.paths) & set(val.paths)
+        train, val = (load_tiles(world / folder, split) for split in ("train", "val"))
+        theirs = ImageFolder(world / folder / "train")
+        assert train.classes == theirs.classes and len(train) == trained
+        assert [item for item in theirs.samples if item[0] not in val.paths] == list(
+            zip(train.paths, train.labels))
+        assert val.labels == validated and all(f"/{part}/" in path for path in val.paths)
 
 
 def test_files_of_other_kinds_and_tiles_that_occur_twice_are_a_line_each(world, capsys):
@@ -60,18 +56,12 @@ def test_files_of_other_kinds_and_tiles_that_occur_twice_are_a_line_each(world, 
     assert repeated > 8 and f"\nwarning: {repeated} of " in capsys.readouterr().out
 
 
-def test_every_kind_of_image_file_is_read_as_rgb(tmp_path):
-    kinds = {"a.jpg": "L", "b.tif": "RGB", "c.png": "RGBA", "d.png": "P", "e.PNG": "LA"}
-    for folder in ("train/A", "train/B", "test/A", "test/B"):
-        (tmp_path / folder).mkdir(parents=True)
-        for name, mode in kinds.items():
-            Image.new("L", (5, 4), 90).convert(mode).save(tmp_path / folder / name)
-    colours = [image.getcolors() for image, _ in load_tiles(tmp_path, "test")]
-    assert colours == [[(20, (90, 90, 90))]] * 10  # of 20 pixels each
-
-
-def test_16_bit_grey_is_scaled_to_8_bits_and_pixels_of_unknown_range_are_refused(tmp_path):
-    levels = np.array([[0, 257, 32_768, 65_535]], "uint16")
+def test_every_kind_of_image_file_is_read_as_rgb_and_unknown_ranges_are_refused(tmp_path):
+    for kind in ("jpg L", "tif RGB", "png RGBA", "bmp P", "PNG LA"):
+        suffix, mode = kind.split()
+        Image.new("L", (5, 4), 90).convert(mode).save(tmp_path / f"tile.{suffix}")
+        assert read_tile(tmp_path / f"tile.{suffix}").getcolors() == [(20, (90, 90, 90))]
+    levels = np.array([[0, 257, 32_768, 65_535]], "uint16")  # scaled to 8 bits
     Image.fromarray(levels).save(tmp_path / "little.png")
     Image.frombytes("I;16B", (4, 1), levels.astype(">u2").tobytes()).save(tmp_path / "big.tif")
     for name in ("little.png", "big.tif"):

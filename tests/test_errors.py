@@ -6,8 +6,6 @@ import sys
 import pytest
 from conftest import ROOT, folder_of, write_tiles
 
-import train
-
 
 @pytest.fixture
 def says(argv, said, world):
@@ -69,13 +67,6 @@ def test_an_unreadable_tile_is_named_before_any_training(argv, world, split, sai
     told = said(argv)
     assert told.startswith(f"train.py: {path}: not a readable image (") and told.count("\n") == 1
     assert {file.name for file in folder_of(argv).iterdir()} == {"args.json", ".lock"}
-
-
-def test_a_kept_folder_of_the_name_of_a_data_set_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo").mkdir()
-    train.parse_args([])
-    assert "not the folder" in capsys.readouterr().out
 
 
 def test_the_script_itself_ends_with_2_and_no_traceback(monkeypatch, capsys):

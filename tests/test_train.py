@@ -1,16 +1,15 @@
 """Whole runs on a small world."""
 import csv
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from unittest.mock import DEFAULT, patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (HEADS, REPORTS, ROOT, bytes_of, clip_of, folder_of, log_of, model_of,
-                      rows_of)
+from conftest import REPORTS, bytes_of, clip_of, folder_of, log_of, model_of, rows_of
 from PIL import Image
 
 import train
@@ -108,46 +107,39 @@ def test_a_run_that_a_signal_ends_goes_on_and_ends_like_one_that_was_not(argv, s
     assert [line["step"] for line in log_of(stopped)] == [2, 4, 6]
 
 
-KILLED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, train
-torch.set_num_threads(1)  # as here: another number sums in another order
-train.train_head.__defaults__ = {HEADS}
-replace, written = os.replace, []
+def run_until_killed(argv, file, number):
+    """In a process of its own, that dies while it writes that file for the time of that number."""
+    replace, written = os.replace, []
 
-def killing_replace(part, path):
-    written.append(path.name)
-    if sum(name.startswith(file) for name in written) == number:
-        os.truncate(part, os.path.getsize(part) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(part, path)
-
-for (file, number), argv in RUNS.items():  # a fork each: torch is imported once
-    child = os.fork()
-    if not child:
-        os.replace = killing_replace
-        train.main(argv)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, file
-"""
+    def killing_replace(part, path):
+        written.append(path.name)
+        if sum(name.startswith(file) for name in written) == number:
+            os.truncate(part, os.path.getsize(part) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(part, path)
+    os.replace = killing_replace
+    train.main(argv)
 
 
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, world):
     """Killed while a file is written: of the cache, the second last.pt, and metrics.json, the last
     of all."""
     argv += ["--val-int", 0.5, "--lora-dropout", 0.1]
-    places = [("CLIP-val-tiles", 1), ("last.pt", 2), ("metrics.json", 1)]
-    killed = {place: [*map(str, argv), "--dir", f"{world}/{place}"] for place in places}
-    code = KILLED.replace("RUNS", repr(killed))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    server, killed = multiprocessing.get_context("forkserver"), []
+    server.set_forkserver_preload(["open_clip", "timm"])  # imported once
+    for place in (("CLIP-val-tiles", 1), ("last.pt", 2), ("metrics.json", 1)):
+        run = [*argv, "--dir", world / f"{place}"]
+        killed.append((run, server.Process(target=run_until_killed, args=(run, *place))))
+        killed[-1][1].start()
     train.main(argv)
-    for place, run in killed.items():
+    for run, process in killed:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (folder_of(run) / "metrics.json").exists()
         train.main(run)
-        assert bytes_of(run) == bytes_of(argv), place
-        assert not list(folder_of(run).glob(".tmp*")), place
-        assert [line["step"] for line in log_of(run)] == [2, 4, 6], place
+        assert bytes_of(run) == bytes_of(argv)
+        assert not list(folder_of(run).glob(".tmp*"))
+        assert [line["step"] for line in log_of(run)] == [2, 4, 6]
 
 
 def test_features_are_computed_once_for_the_same_tiles_reports_and_weights(argv, world, capsys):
