@@ -1,5 +1,4 @@
-"""A small world that the tests share, tiles of three kinds, reports and the demo's two models; runs
-of train.py on it, and what they leave."""
+"""A small world of tiles, reports and the demo's two models, and runs of train.py on it."""
 import contextlib
 import csv
 import io
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it gives
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -1,5 +1,4 @@
-"""Files that travel: each set alone in an empty folder and a fresh interpreter runs its example of
-the README."""
+"""Files that travel: each alone in an empty folder and process runs its example of the README."""
 import re
 import shutil
 import subprocess

@@ -1,15 +1,17 @@
-"""Tiles, splits and reports."""
+"""Tiles, splits and reports, and those of the demo."""
 import json
 from collections import Counter
 
+import make_demo
 import numpy as np
 import pytest
-from conftest import REPORTS, write_tiles
+from conftest import DEMO, REPORTS, write_tiles
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
+import train
 from data import (TileError, draw_shots, load_reports, load_tiles, read_reports, read_tile,
                   stratified_split, warn_of_repeated_tiles)
 
@@ -32,11 +34,11 @@ def test_tiles_are_torchvisions_and_validation_is_val_or_a_fifth_of_the_training
     write_tiles(world / "two" / "test", {"A": 1, "B": 1})
     for folder, part, trained, validated in (("tiles", "val", 24, [0, 0, 0, 1, 1, 1, 2, 2, 2]),
                                              ("two", "train", 12, [0, 0, 1])):
-        train, val = (load_tiles(world / folder, split) for split in ("train", "val"))
+        tiles, val = (load_tiles(world / folder, split) for split in ("train", "val"))
         theirs = ImageFolder(world / folder / "train")
-        assert train.classes == theirs.classes and len(train) == trained
-        assert [item for item in theirs.samples if item[0] not in val.paths] == list(
-            zip(train.paths, train.labels))
+        assert tiles.classes == theirs.classes and len(tiles) == trained
+        kept = [item for item in theirs.samples if item[0] not in val.paths]
+        assert list(zip(tiles.paths, tiles.labels)) == kept
         assert val.labels == validated and all(f"/{part}/" in path for path in val.paths)
 
 
@@ -130,3 +132,43 @@ def test_bad_reports_are_one_line_with_the_path(name, content, told, tmp_path):
         load_reports(tmp_path / name)
     said = str(refused.value)
     assert str(tmp_path / name) in said and told in said and "\n" not in said
+
+
+# ---- The demo's assets are what make_demo.py makes from its seeds --------------------------------
+
+@pytest.mark.parametrize("split, kind, index", [
+    ("train", "NORM", 3), ("val", "MUS", 0), ("test", "TUM", 99), ("test", "LYM", 7)])
+def test_a_tile_is_painted_again_from_its_seed(split, kind, index):
+    stored = Image.open(DEMO / split / kind / f"{index:03d}.jpg").convert("RGB")
+
+    def distance(seed):
+        painted = np.asarray(make_demo.render_tile(kind, seed), dtype=float)
+        return np.abs(painted - np.asarray(stored)).mean()
+    seed = make_demo.tile_seed(split, kind, index)
+    assert distance(seed) < 6 < 12 < distance(seed + 1)  # JPEG's loss; another tile
+
+
+def test_the_reports_are_written_again_from_their_seeds_and_name_no_class():
+    reports = load_reports(DEMO / "reports.txt")
+    seeds = range(make_demo.REPORT_SEED, make_demo.REPORT_SEED + make_demo.REPORTS)
+    assert reports == [make_demo.write_report(seed) for seed in seeds]
+    assert not [kind for kind in make_demo.KINDS if kind in " ".join(reports)]
+
+
+def test_no_case_serves_two_purposes_and_the_demo_is_small():
+    seeds = [make_demo.tile_seed(split, kind, i) for split, count in make_demo.SPLITS.items()
+             for kind in make_demo.KINDS for i in range(count)]
+    seeds += range(make_demo.PAIR_SEED, make_demo.PAIR_SEED + make_demo.PAIRS)
+    seeds += range(make_demo.REPORT_SEED, make_demo.REPORT_SEED + make_demo.REPORTS)
+    assert len(seeds) == len(set(seeds))
+    files = [path.read_bytes() for path in DEMO.rglob("*.jpg")]
+    assert len(files) == len(set(files)) == 9 * sum(make_demo.SPLITS.values())
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 12e6
+
+
+def test_the_main_command_runs_on_the_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.train_head, "__defaults__", (500, 20))
+    metrics = train.main(["--dir", tmp_path, "--shots", 4, "--ep", 1, "--batch", 18])
+    assert metrics["test_tiles"] == 900 and metrics["classes"] == list(make_demo.KINDS)
+    # far above chance after four tiles a class
+    assert metrics["rows"]["vision head"]["balanced_accuracy"] > 2 / 9

@@ -17,7 +17,6 @@ from torchvision.datasets import PCAM
 from torchvision.transforms import PILToTensor
 
 import data
-import train
 from data import DATASETS, download, load_reports, load_tiles
 
 h5py = pytest.importorskip("h5py")
@@ -209,12 +208,11 @@ def test_more_than_is_published_is_neither_fetched_nor_unpacked(server, monkeypa
     assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.glob("*.unpacking"))
 
 
-@pytest.mark.parametrize("bits, told", [(b"\1\0\0\0", "encrypted"), (b"\0\0c\0", "compression")])
-def test_an_archive_that_cannot_be_read_leaves_nothing_half(bits, told, server, tmp_path):
-    head = b"PK\1\2\x14\3\x14\0"  # of each member, before the bits of encryption and compression
+def test_an_archive_that_cannot_be_read_leaves_nothing_half(server, tmp_path):
+    head = b"PK\1\2\x14\3\x14\0"  # of each member, before the bit of encryption
     content, path = server.files[f"{CRC}.zip"], tmp_path / f"{CRC}.zip"
-    path.write_bytes(content.replace(head + bytes(4), head + bits))
-    with pytest.raises(OSError, match=f"{path}: {CRC} could not be unpacked .*{told}"):
+    path.write_bytes(content.replace(head + b"\0", head + b"\1"))
+    with pytest.raises(OSError, match=f"{path}: {CRC} could not be unpacked .*encrypted"):
         download("crc", None, tmp_path)
     assert set(os.listdir(tmp_path)) == {path.name, f"{path.name}.lock"}
 
@@ -247,10 +245,6 @@ def test_named_reports_are_the_file_of_that_git_id_or_none(server, monkeypatch, 
     monkeypatch.setitem(data.REPORTS, "authors:colon", ("text.txt", git_id))
     with pytest.raises(FileNotFoundError, match=f"{path} is missing.* --download fetches"):
         load_reports("authors:colon", tmp_path)
-    server.files["text.txt"] = b"changed"
-    with pytest.raises(OSError, match=f"[0-9a-f]{{40}}, expected {git_id}"):
-        download("my_tiles", "authors:colon", tmp_path)
-    (tmp_path / "reports" / "text.txt.part").unlink()
     server.files["text.txt"] = content
     download("my_tiles", "authors:colon", tmp_path)
     assert load_reports("authors:colon", tmp_path) == ["Colon.", "Adenoma."]
@@ -258,3 +252,7 @@ def test_named_reports_are_the_file_of_that_git_id_or_none(server, monkeypatch, 
     path.write_text("changed\nby hand\n")
     with pytest.raises(FileNotFoundError, match="text.txt is missing or changed"):
         load_reports("authors:colon", tmp_path)
+    path.unlink()
+    server.files["text.txt"] = b"changed"
+    with pytest.raises(OSError, match=f"[0-9a-f]{{40}}, expected {git_id}"):
+        download("my_tiles", "authors:colon", tmp_path)

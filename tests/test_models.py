@@ -137,25 +137,6 @@ def vits16(monkeypatch):
     return timm.create_model("test_vit", num_classes=0).state_dict()
 
 
-def test_a_backbone_comes_from_a_file_or_the_hub_and_back_as_a_classifier(tmp_path, hub, vits16):
-    file = tmp_path / "pytorch_model.bin"
-    torch.save(vits16, file)
-    backbone = load_backbone("VITS_16", file)
-    assert backbone.recipe["backbone_id"] == "VITS_16" and not hub.asked
-    assert backbone.recipe["licence"] == "kaiko-non-commercial"
-    ClipIT(backbone, None, 2, 64, 8).to_classifier(["a", "b"]).save_pretrained(tmp_path / "saved")
-    again = Classifier.from_pretrained(tmp_path / "saved").backbone
-    for loaded in (backbone, again, load_backbone("VITS_16")):
-        for key, value in loaded.state_dict().items():
-            assert torch.equal(value, vits16[key]), key
-    assert {repo for repo, _, _ in hub.asked} == {
-        "1aurent/vit_small_patch16_224.kaiko_ai_towards_large_pathology_fms"}
-    del vits16["cls_token"]
-    torch.save(vits16, file)
-    with pytest.raises(ValueError, match="Missing.*cls_token"):
-        load_backbone("VITS_16")
-
-
 @pytest.mark.parametrize("name", [
     "test_vit", "resnet10t", "test_convnext", "hgnetv2_b0", "test_mambaout", "levit_128s",
     "deit_tiny_distilled_patch16_224", "mobilenetv3_small_050"])
@@ -195,7 +176,7 @@ def test_weights_that_do_not_fit_are_refused_and_none_are_executed(load, name, f
     assert not Path("executed").exists()
 
 
-def test_any_timm_id_and_any_hub_repository(tmp_path, hub, monkeypatch):
+def test_any_timm_id_any_hub_repository_and_any_file(tmp_path, hub, monkeypatch, vits16):
     monkeypatch.chdir(tmp_path.parent)
     write_backbone(tmp_path, architecture="test_vit", num_classes=5, pretrained_cfg={
         "classifier": "head", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
@@ -208,6 +189,14 @@ def test_any_timm_id_and_any_hub_repository(tmp_path, hub, monkeypatch):
         assert backbone.recipe["backbone_id"] == called  # no path is published
         assert backbone.recipe["licence"] == "see the backbone"  # its config.json names none
     assert {(repo, revision) for repo, _, revision in hub.asked} == {("org/model", "v1")}
+    hub.asked.clear()
+    torch.save(vits16, file)  # under a name of BACKBONES
+    for weights, asked in ((file, set()), (None, {BACKBONES["VITS_16"]["source"]["hf_hub_id"]})):
+        backbone = load_backbone("VITS_16", weights)
+        assert torch.equal(backbone.cls_token, vits16["cls_token"])
+        assert backbone.recipe["backbone_id"] == "VITS_16"
+        assert backbone.recipe["licence"] == "kaiko-non-commercial"
+        assert {repo for repo, _, _ in hub.asked} == asked
     assert load_backbone("test_vit").recipe["licence"] == "apache-2.0"  # timm's word on its weights
     for weights in (file, "none"):
         assert load_backbone("test_vit", weights).recipe["licence"] == "see the backbone"
@@ -224,6 +213,8 @@ def write_config(folder, vision_cfg={}, text_cfg={}, **parts):
 
 
 def test_hub_and_local_open_clip_models_are_the_same(tmp_path, hub):
+    quilt = load_clip("quilt16", "none")  # with a local file it needs nothing from the hub
+    assert quilt.image_tower.conv1.kernel_size == (16, 16) and quilt.dim == 512 and not hub.asked
     write_config(tmp_path)
     with pytest.raises(ValueError, match="could not be loaded"):  # random only where asked for
         load_clip(f"local-dir:{tmp_path}")
@@ -240,13 +231,6 @@ def test_hub_and_local_open_clip_models_are_the_same(tmp_path, hub):
     hub.asked.clear()
     load_clip("hf-hub:org/model@v1")
     assert {(repo, revision) for repo, _, revision in hub.asked} == {("org/model", "v1")}
-
-
-@pytest.mark.parametrize("name, patch", [("quilt", 32), ("quilt16", 16)])
-def test_quilt_with_a_local_file_needs_nothing_from_the_hub(name, patch, hub):
-    clip = load_clip(name, "none")
-    assert clip.dim == 512 and clip.tokenize(["a report"]).shape == (1, 77) and not hub.asked
-    assert clip.image_tower.conv1.kernel_size == (patch, patch)
 
 
 @torch.no_grad()

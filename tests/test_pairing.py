@@ -57,11 +57,10 @@ def test_memory_stays_flat_in_a_process_that_has_made_and_freed_many_tensors():
     """Such a heap is in pieces. A (chunk, M) mask made anew for each chunk and freed between small
     tensors that stay would find no gap of its size in it, and take 0.7 GB here."""
     code = """if True:
-        import random, torch
+        import random, re, torch
         from pairing import nearest_text
         def gigabytes(key):
-            line = next(line for line in open("/proc/self/status") if line.startswith(key))
-            return int(line.split()[1]) / 1e6
+            return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e6
         kept, random = [], random.Random(0)
         for _ in range(100):
             kept.append(torch.ones(random.randint(1, 2_000_000)))

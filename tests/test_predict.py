@@ -1,4 +1,4 @@
-"""python clipit.py: probabilities of image files from a saved classifier."""
+"""A saved classifier: its config.json and card, and python clipit.py over image files."""
 import csv
 import inspect
 import json
@@ -12,13 +12,79 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, ROOT, write_tiles
-from huggingface_hub import errors
+from huggingface_hub import ModelCard, errors
 from PIL import Image
 
 import clipit
 import data
-from clipit import Classifier, ClipIT, load_backbone
+from clipit import BACKBONES, Classifier, ClipIT, load_backbone
 from lora import inject_lora
+
+
+def make_classifier(run=None, **recipe):
+    """A classifier of the demo's backbone, of which other things are said."""
+    backbone = load_backbone(f"local-dir:{DEMO}/backbone")
+    backbone.recipe |= recipe
+    return ClipIT(backbone, None, 2, backbone.num_features, 16).to_classifier(["a", "b"], run)
+
+
+def test_config_and_card_tell_of_the_run(finished, tmp_path):
+    folder, metrics = finished.folder / "classifier", finished.metrics
+    names = ("README.md", "config.json", "model.safetensors")
+    card, config, _ = (str((folder / name).read_bytes(), "utf-8", "replace") for name in names)
+    assert str(finished.argv[1].parent) not in card + config  # nobody's folders are published
+    run, figures = json.loads(config)["run"], ("balanced_accuracy", "accuracy", "macro_f1")
+    for part, row in (("metrics", "CLIP-IT"), ("unimodal", "vision head")):
+        assert run[part] == {key: metrics["rows"][row][key] for key in figures}
+        assert f"{100 * metrics['rows'][row]['balanced_accuracy']:.2f} %" in card
+    assert [run["data"], run["reports"], run["clip_model"]] == [
+        "tiles", "reports.txt", "local-dir:clip"]
+    for words in ("For research only", "No text or\ntext model is in it", "**mit**",
+                  f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
+                  "`reports.txt`, paired with the tiles by `local-dir:clip`"):
+        assert words in card
+    Classifier.from_pretrained(finished.folder).save_pretrained(tmp_path)  # nothing is lost
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(names)
+    assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("name, licence", [
+    ("UNI", "cc-by-nc-nd-4.0"), ("prov-gigapath", "apache-2.0 with conditions"),
+    ("mine", '"open": for #research'), ("mine", "a 'b' & {c}"), ("mine", "- x: y")])
+def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence):
+    """A licence of any characters leaves the header readable, as the hub reads it."""
+    card = str(make_classifier(backbone_id=name, licence=licence).generate_model_card())
+    data = ModelCard(card).data
+    assert (data.license, data.license_name) == ("other", licence.replace(" ", "-"))
+    assert "**Tiles**: unknown pixels, unknown micrometres per pixel" in card
+    assert data.pipeline_tag == "image-classification" and f"**{licence}**" in card
+    if name in BACKBONES:
+        assert BACKBONES[name]["source"]["license"] == licence
+        assert f"(https://huggingface.co/{BACKBONES[name]['source']['hf_hub_id']})" in card
+
+
+def test_a_classifier_comes_back_by_the_cards_example_and_from_the_hub(tmp_path, monkeypatch):
+    classifier, before = make_classifier(run={"mpp": 0.5, "side": 96}), os.umask(0o027)
+    classifier.save_pretrained(tmp_path)
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}  # the umask
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 96), "pink").save("tile.png")
+    card, names = (tmp_path / "README.md").read_text(), {}
+    assert "**Tiles**: 96 pixels, 0.5 micrometres per pixel" in card
+    lines = [line.strip() for line in card.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    exec("\n".join([*lines[:2], f"p = {lines[2]}"]), names)
+    assert torch.equal(names["p"], classifier.predict([Image.open("tile.png")]))
+
+    def snapshot_download(*repository, **options):  # of the hub
+        files = ["config.json", "model.safetensors"]
+        assert (repository, options) == (("org/model",), dict(allow_patterns=files, revision="v1"))
+        return str(tmp_path)
+    monkeypatch.setattr("clipit.snapshot_download", snapshot_download)
+    (tmp_path / "README.md").unlink()
+    again, x = Classifier.from_pretrained("org/model", revision="v1"), torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(x), classifier(x))
 
 
 @pytest.fixture
@@ -77,17 +143,15 @@ def fail(*args):
     ("PIL.Image.open", stop(signal.SIGINT), 130), ("PIL.Image.open", stop(signal.SIGTERM), 143),
     ("os.replace", stop(signal.SIGINT), 130), ("os.replace", stop(signal.SIGTERM), 143),
     ("torch.stack", fail, 2)], ids=str)
-@pytest.mark.parametrize("earlier", [{}, {"out.csv": b"of an earlier run"}], ids=["new", "again"])
-def test_a_run_that_is_stopped_leaves_what_was_there(
-        call, monkeypatch, tmp_path, function, stops, code, earlier):
-    for name, content in earlier.items():
-        (tmp_path / name).write_bytes(content)
-    before = set(tmp_path.iterdir())
+def test_a_run_that_is_stopped_leaves_what_was_there(call, monkeypatch, function, stops, code):
+    Path("old.csv").write_text("of an earlier run")
+    before = set(Path().iterdir())
     monkeypatch.setattr(function, stops)
-    got, out, said = call("run", "tiles", "--csv", "out.csv")
-    assert (got, out) == (code, "") and "Traceback" not in said
-    assert set(tmp_path.iterdir()) == before
-    assert all((tmp_path / name).read_bytes() == earlier[name] for name in earlier)
+    for path in ("new.csv", "old.csv"):
+        got, out, said = call("run", "tiles", "--csv", path)
+        assert (got, out) == (code, "") and "Traceback" not in said
+        assert set(Path().iterdir()) == before
+    assert Path("old.csv").read_text() == "of an earlier run"
 
 
 def change(**values):
@@ -101,7 +165,6 @@ def change(**values):
     ("config.json", lambda text: "{", "JSONDecodeError"),
     ("config.json", lambda text: text.replace('"size"', '"side"'), "KeyError: 'size'"),
     ("config.json", change(architecture="hf-hub:a/b"), "hf-hub:a/b: expected a name of timm's"),
-    ("config.json", change(architecture="/tmp/model"), "/tmp/model: expected a name of timm's"),
     ("config.json", change(model_args={"pretrained": True}), "multiple values for .*'pretrained'"),
     ("config.json", change(model_args={"checkpoint_path": "w.pth"}), "values .*'checkpoint_path'"),
     ("config.json", change(model_args={"depth": 10 ** 9}), "depth is 10{9}; expected at most 10,"),

@@ -47,9 +47,8 @@ train.cli()
 
 
 def test_two_processes_stop_together_and_give_what_one_gives_and_end_together(argv, world):
-    """Three runs of two processes. One sees fewer tiles: both stop. They go on with what one has
-    begun: pairs, losses and metrics are those of one; 24 tiles in batches of 5 leave 4 for the
-    last. One dies: one message."""
+    """Three runs: one process sees fewer tiles; both go on with what one had begun, where 24 tiles
+    in batches of 5 leave 4 for the last; one dies."""
     argv += ["--batch", 5, "--val-int", 0.5]
     two, metrics = [*argv, "--run", "two"], train.main(argv)
     stop = dict(wraps=train.validate, side_effect=[DEFAULT, KeyboardInterrupt])

@@ -1,11 +1,16 @@
-"""Whole runs on a small world."""
+"""Whole runs on a small world, their figures and their page."""
 import csv
+import html
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
+from html.parser import HTMLParser
 from unittest.mock import DEFAULT, patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +19,7 @@ from PIL import Image
 
 import train
 from clipit import Classifier
-from data import load_tiles
+from data import Tiles, load_tiles
 from pairing import embed_images, embed_texts, nearest_text
 
 
@@ -105,6 +110,9 @@ def test_a_run_that_a_signal_ends_goes_on_and_ends_like_one_that_was_not(argv, s
         train.main(run)
     assert bytes_of(stopped) == bytes_of(argv)
     assert [line["step"] for line in log_of(stopped)] == [2, 4, 6]
+    for line in log_of(stopped):  # the schedule is a cosine by step down to a tenth
+        share = (1 + math.cos(math.pi * line["step"] / 6)) / 2
+        assert line["lr"] == pytest.approx(1e-4 + (1e-3 - 1e-4) * share)
 
 
 def run_until_killed(argv, file, number):
@@ -122,8 +130,7 @@ def run_until_killed(argv, file, number):
 
 
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(argv, world):
-    """Killed while a file is written: of the cache, the second last.pt, and metrics.json, the last
-    of all."""
+    """Killed while it writes the cache, the second last.pt, and metrics.json, the last of all."""
     argv += ["--val-int", 0.5, "--lora-dropout", 0.1]
     server, killed = multiprocessing.get_context("forkserver"), []
     server.set_forkserver_preload(["open_clip", "timm"])  # imported once
@@ -260,16 +267,14 @@ def test_dropped_words_are_a_share_in_order_and_anew_for_every_seed():
     assert train.drop_words("word", 0.9, "s") == "word"
 
 
-@pytest.mark.parametrize("lora_text", [0, 1])
-def test_an_epoch_sees_what_is_left_of_each_report(argv, lora_text):
-    args = train.parse_args([*argv, "--drop-words", 0.5, "--lora-text", lora_text, "--sd", 3])
-    clip = clip_of(argv)
+def test_an_epoch_sees_what_is_left_of_each_report(argv):
+    clip, zeros = clip_of(argv), torch.zeros(12, 64)
     left = [train.drop_words(report, 0.5, f"3 1 {i}") for i, report in enumerate(REPORTS)]
-    features, tokens = train.text_of(clip, REPORTS, torch.zeros(12, 64), args, epoch=1)
-    if lora_text:
-        assert torch.equal(tokens, clip.tokenize(left))
-    else:
-        assert tokens is None and torch.equal(features, embed_texts(clip, left))
+    fixed, trained = (train.parse_args([*argv, "--drop-words", 0.5, "--sd", 3, *more])
+                      for more in ([], ["--lora-text", 1]))
+    assert torch.equal(train.text_of(clip, REPORTS, zeros, trained, 1)[1], clip.tokenize(left))
+    features, tokens = train.text_of(clip, REPORTS, zeros, fixed, epoch=1)
+    assert tokens is None and torch.equal(features, embed_texts(clip, left))
 
 
 def test_the_heads_take_the_state_of_the_lowest_validation_loss():
@@ -334,3 +339,104 @@ def test_the_table_has_a_line_a_variant_and_differences_paired_by_seed(argv, wor
     with open(world / "runs" / "table.csv") as file:
         written = {line["flags"]: line["trained"] for line in csv.DictReader(file)}
     assert written == {flags: line["trained"] for flags, line in lines.items()}
+
+
+# ---- Metrics against cases worked by hand --------------------------------------------------------
+
+def test_three_classes_by_hand():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    row = train.scores(torch.eye(3)[[0, 0, 0, 1, 1, 0, 2]], labels)
+    assert row["confusion"] == [[3, 1, 0], [1, 1, 0], [0, 0, 1]]
+    assert row["recall"] == [0.75, 0.5, 1.0]
+    assert row["balanced_accuracy"] == pytest.approx((0.75 + 0.5 + 1) / 3)
+    assert row["accuracy"] == pytest.approx(5 / 7)
+    assert row["macro_f1"] == pytest.approx((6 / 8 + 2 / 4 + 1) / 3)
+    # class 2 is predicted once and has no tile, class 3 does not occur at all
+    row = train.scores(torch.eye(4)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 1]))
+    assert row["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert row["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert math.isnan(row["recall"][2])
+
+
+def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_too():
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    vision, text = torch.eye(2)[[0, 1, 1, 1, 0]], torch.eye(2)[[1, 0, 1, 0, 1]]
+    assert train.complementarity(vision, text, labels, ["a", "b"]) == {
+        "tiles": 2, "share": 2 / 5, "share_of_vision_errors": 2 / 3,
+        "per_class": {"a": {"tiles": 1, "share": 1 / 3}, "b": {"tiles": 1, "share": 1 / 2}}}
+
+
+def test_text_spread_is_one_minus_the_mean_cosine_of_two_reports():
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    cosines = [F.cosine_similarity(features[i], features[j], dim=0).item()
+               for i in range(7) for j in range(7) if i != j]
+    expected = 1 - sum(cosines) / len(cosines)
+    assert train.text_spread(features) == pytest.approx(expected, abs=1e-6)
+    assert train.text_spread(features[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-6)
+
+
+# ---- report.html: one whole, self-contained, small and safe page ---------------------------------
+
+class Page(HTMLParser):
+    """A page's text, tags and table. Fails where anything would run or be fetched."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.tags, self.text, path = [], "", folder / "report.html"
+        self.source = path.read_text("utf-8")
+        assert self.source.startswith("<!DOCTYPE html>") and path.stat().st_size < 3e6
+        self.feed(self.source)
+        assert "script" not in self.tags and not re.search(r"url\(|@import", self.source)
+        self.rows = [[html.unescape(cell) for cell in re.findall("<t[hd][^>]*>([^<]*)", row)]
+                     for row in self.source.split("<tr>")[1:]]
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on") and name not in ("href", "srcset", "action"), name
+            assert name != "src" or value.startswith("data:image/jpeg;base64,"), value[:80]
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_page_shows_the_figures_of_the_run_and_its_pairs(finished):
+    page = Page(finished.folder)
+    pairs = {row["tile"]: row for row in rows_of(finished.argv, "pairs.csv")}
+    assert train.results(finished.metrics) in page.text
+    assert all(train.shown(line) in page.text for line in log_of(finished.argv))
+    counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
+    assert page.rows[0] == ["true \\ predicted", "A", "B", "C"]
+    assert counts == finished.metrics["rows"]["CLIP-IT"]["confusion"]
+    shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*?)</p>", page.source)
+    assert len(shown) == page.tags.count("img") == 3 * 4  # four tiles of each class
+    for similarity, number, text, tile in shown:
+        row = pairs[html.unescape(tile)]
+        assert row["split"] == "train" and row["report"] == number
+        assert similarity == f"{float(row['similarity']):.3f}"
+        assert html.unescape(text) == REPORTS[int(number)][:500]
+    assert json.loads(page.text.rpartition("Flags")[2])["config"]["lora_r"] == 16
+
+
+def test_text_of_others_is_shown_and_never_interpreted(argv, world):
+    bad = '<script>alert("1")<!-- &amp; <img src=x onerror=a> http:'
+    for split in ("train", "val", "test"):
+        (world / "tiles" / split / "A").rename(world / "tiles" / split / bad)
+    (world / "reports.txt").write_text(f"{bad} one\n{bad} two\n")
+    argv += ["--run", bad, "--ep", 0]
+    with patch.object(train, "train_head", None), pytest.raises(TypeError):
+        train.main(argv)
+    assert not Page(folder_of(argv)).rows  # after the pairing
+    train.main(argv)
+    page = Page(folder_of(argv))
+    assert page.rows[0][1] == page.rows[1][0] == bad  # the names of a column and a row
+    assert page.text.count(bad) > 12 and html.escape(f"tiles/{bad}") in page.source
+
+
+def test_the_page_stays_small_whatever_the_tiles_and_reports(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    monkeypatch.setattr("data.read_tile", lambda path: Image.fromarray(noise))
+    tiles = Tiles(["folder/" * 50] * 1500, [i % 100 for i in range(1500)], ["x" * 200] * 100)
+    (tmp_path / "args.json").write_text("{}")
+    train.write_page(tmp_path, tiles, [0] * 1500, torch.rand(1500), {'é"&<\n' * 20_000: "a.txt"})
+    assert Page(tmp_path).tags.count("img") == 40 * 4  # of the first classes
