@@ -15,9 +15,9 @@ LORA, PAIRING, DATA, CLASSIFIER = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def run_copied(folder, files, example, check, absent=()):
-    """The example and then the check, where only `files` and what lies in the folder can be found.
-    Connections end it, and so does an import of `absent` or of a file of this repository."""
+def start_copied(folder, files, example, check, absent=()):
+    """A process with the example and then the check, where only `files` and what lies in the folder
+    can be found. Connections end it, and so does an import of `absent` or of a file from here."""
     for name in files:
         shutil.copy(ROOT / name, folder)
     here = {str(ROOT), str(ROOT / "tests")}
@@ -37,13 +37,19 @@ for module in list(sys.modules.values()):
     assert os.path.dirname(getattr(module, "__file__", None) or "") not in {here!r}, module
 """)
     command = [sys.executable, "-I", "example.py"]  # -I: no paths
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
 
 
-def test_lora_alone_adapts_and_merges_a_resnet_and_a_text_tower(tmp_path):
+def end(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def lora_alone(tmp_path_factory):
+    """Started before the others, of which it takes the longest, and awaited after them."""
     first = "import lora\nassert not {'timm', 'open_clip', 'torchvision'} & sys.modules.keys()\n"
-    run_copied(tmp_path, ["lora.py"], first + LORA, """
+    return start_copied(tmp_path_factory.mktemp("lora"), ["lora.py"], first + LORA, """
 import torch
 assert list(plain.state_dict()) == list(torchvision.models.resnet18().state_dict())
 images, tokens = torch.randn(2, 3, 64, 64), torch.randint(1, 49408, (2, 77))
@@ -57,25 +63,25 @@ for model, x in ((vision.eval(), images), (text.eval(), tokens)):
 """)
 
 
-def test_pairing_alone_pairs_two_tensors_with_torch_alone(tmp_path):
-    run_copied(tmp_path, ["pairing.py"], PAIRING, """
+def test_pairing_alone_pairs_two_tensors_with_torch_alone(lora_alone, tmp_path):
+    end(start_copied(tmp_path, ["pairing.py"], PAIRING, """
 cosines = tiles @ reports.T
 best = cosines.amax(dim=1)  # by rounding alone, the place of the highest may be another
 torch.testing.assert_close(cosines.gather(1, index[:, None])[:, 0], best, atol=2e-6, rtol=0)
 torch.testing.assert_close(cosine, best, atol=2e-6, rtol=0)
-""", absent=("open_clip", "timm", "torchvision", "PIL"))
+""", absent=("open_clip", "timm", "torchvision", "PIL")))
 
 
-def test_data_alone_splits_an_image_folder(tmp_path):
+def test_data_alone_splits_an_image_folder(lora_alone, tmp_path):
     write_tiles(tmp_path / "tiles" / "train", {"benign": 10, "tumour": 20})
     write_tiles(tmp_path / "tiles" / "test", {"benign": 1, "tumour": 1})
-    run_copied(tmp_path, ["data.py"], DATA, """
+    end(start_copied(tmp_path, ["data.py"], DATA, """
 count = lambda labels: [list(labels).count(label) for label in (0, 1)]
 assert count(train.labels) == [8, 16] and count(val.labels) == [2, 4]
 assert not set(train.paths) & set(val.paths)
 assert image.mode == "RGB" and train.classes[label] == "benign"
 assert count(half.labels) == [4, 8] and set(half.paths) < set(train.paths)
-""", absent=("open_clip", "timm", "h5py", "huggingface_hub"))
+""", absent=("open_clip", "timm", "h5py", "huggingface_hub")))
 
 
 @pytest.mark.filterwarnings("ignore:.*jit")
@@ -84,8 +90,8 @@ def test_clipit_and_lora_alone_run_a_saved_classifier_and_export_it(tmp_path):
     model = ClipIT(backbone, None, 3, backbone.num_features, 16)
     model.to_classifier(["a", "b", "c"]).save_pretrained(tmp_path / "classifier")
     Image.new("RGB", (80, 70), "pink").save(tmp_path / "tile.png")
-    run_copied(tmp_path, ["clipit.py", "lora.py"], CLASSIFIER,
-               'torch.save([probabilities, v, t_hat, images], "results.pt")', absent=("open_clip",))
+    check = 'torch.save([probabilities, v, t_hat, images], "results.pt")'
+    end(start_copied(tmp_path, ["clipit.py", "lora.py"], CLASSIFIER, check, absent=("open_clip",)))
     probabilities, v, t_hat, images = torch.load(tmp_path / "results.pt", weights_only=True)
     exported = torch.export.load(tmp_path / "classifier.pt2").module()
     traced = torch.jit.load(tmp_path / "classifier.ts")
@@ -97,3 +103,7 @@ def test_clipit_and_lora_alone_run_a_saved_classifier_and_export_it(tmp_path):
     assert torch.equal(images[0], backbone.preprocess(Image.open(tmp_path / "tile.png")))
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_lora_alone_adapts_and_merges_a_resnet_and_a_text_tower(lora_alone):
+    end(lora_alone)
