@@ -1084,9 +1084,10 @@ def ask_to_end(number: int, frame) -> None:
 
 
 def leave_signals(worker: int) -> None:
-    """In a process that decodes tiles: Ctrl-C is the run's, which ends its workers itself."""
+    """In a process that decodes tiles: Ctrl-C is the run's, which ends its workers by SIGTERM. It
+    must look like an end of their own, which torch does not take for a crash."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def cli() -> None:
@@ -1102,11 +1103,10 @@ def cli() -> None:
             dist.destroy_process_group()
         return
     except KeyboardInterrupt:
-        message = f"stopped; {again}"
-        code = 128 + SIGNALS[0] if SIGNALS else 130  # by the shell's rule
+        code, message = 130, f"stopped; {again}"
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
-        if RANK:
+        if RANK and not SIGNALS:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)  # the first process says the same, and its end ends this one
     except RuntimeError as error:  # no memory, a worker or another process has ended, our mistake
@@ -1115,6 +1115,8 @@ def cli() -> None:
         ended = "this or another process has ended: " if WORLD > 1 else ""
         message = (f"{ended}{' '.join(str(error).split())[:300]}\n{again}; python -X dev train.py "
                    "... shows where it ended")
+    if SIGNALS:  # the shell's rule; before it, workers that ended may have raised anything
+        code, message = 128 + SIGNALS[0], f"stopped; {again}"
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 

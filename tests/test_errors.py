@@ -81,6 +81,14 @@ def test_an_unreadable_tile_is_named_before_any_training(argv, world, split, sai
     assert {file.name for file in folder_of(argv).iterdir()} == {"args.json", ".lock"}
 
 
+def test_of_a_process_with_workers_an_unreadable_tile_is_one_line_and_no_traceback(argv, world):
+    (world / "tiles" / "train" / "B" / "3.png").write_bytes(b"no image")
+    command = [sys.executable, "train.py", *map(str, argv), "--batch", "2", "--worker", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: ")
+    assert "B/3.png: not a readable image" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_the_script_itself_ends_with_2_and_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--ds", "nowhere"])
     with pytest.raises(SystemExit) as ended:
