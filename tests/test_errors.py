@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -87,13 +86,6 @@ def test_of_a_process_with_workers_an_unreadable_tile_is_one_line_and_no_traceba
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("train.py: ")
     assert "B/3.png: not a readable image" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_the_script_itself_ends_with_2_and_no_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--ds", "nowhere"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert ended.value.code == 2 and "--ds nowhere" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_shown_again_and_not_trained_again(finished, monkeypatch, capsys):

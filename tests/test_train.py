@@ -10,7 +10,6 @@ import signal
 from html.parser import HTMLParser
 from unittest.mock import DEFAULT, patch
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -431,12 +430,3 @@ def test_text_of_others_is_shown_and_never_interpreted(argv, world):
     page = Page(folder_of(argv))
     assert page.rows[0][1] == page.rows[1][0] == bad  # the names of a column and a row
     assert page.text.count(bad) > 12 and html.escape(f"tiles/{bad}") in page.source
-
-
-def test_the_page_stays_small_whatever_the_tiles_and_reports(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
-    monkeypatch.setattr("data.read_tile", lambda path: Image.fromarray(noise))
-    tiles = Tiles(["folder/" * 50] * 1500, [i % 100 for i in range(1500)], ["x" * 200] * 100)
-    (tmp_path / "args.json").write_text("{}")
-    train.write_page(tmp_path, tiles, [0] * 1500, torch.rand(1500), {'é"&<\n' * 20_000: "a.txt"})
-    assert Page(tmp_path).tags.count("img") == 40 * 4  # of the first classes
