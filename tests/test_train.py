@@ -18,7 +18,7 @@ from PIL import Image
 
 import train
 from clipit import Classifier
-from data import Tiles, load_tiles
+from data import load_tiles
 from pairing import embed_images, embed_texts, nearest_text
 
 
