@@ -9,6 +9,7 @@ Travels alone. A data set is a row of DATASETS or a folder with train/, test/ an
 each of class folders. Layouts and BACH's ranges are kaiko-eva's, the other splits the authors'.
 """
 import csv
+import errno
 import gzip
 import hashlib
 import json
@@ -16,12 +17,14 @@ import os
 import shutil
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import calculate_md5
@@ -127,17 +130,18 @@ def read_tile(path) -> Image.Image:
     file, _, number = str(path).rpartition("#")
     try:
         if file.endswith(".h5"):
-            return Image.fromarray(_read_h5(file, "x", int(number)))
+            return Image.fromarray(_open_h5(file, os.getpid())["x"][int(number)])
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:  # PIL raises of all kinds, each format its own
         raise TileError(f"{path}: not a readable image ({error}); mend or remove it") from None
 
 
-def _read_h5(path, array: str, index):
+@lru_cache(None)
+def _open_h5(path: str, process: int):
+    """The HDF5 file, opened once in each process: no worker may read through an inherited one."""
     import h5py  # here, because only PCAM needs it
-    with h5py.File(path) as file:  # each time: a worker must not read through an inherited one
-        return file[array][index]
+    return h5py.File(path, "r")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -209,7 +213,7 @@ def _report_rows(path: Path):
                     raise ValueError(f"row {number} has more cells than row 1; quote its commas")
                 yield f"{path.name} row {number}", row
     elif kind in (".txt", ".jsonl"):
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path.name} line {number}", line
     else:
@@ -294,8 +298,11 @@ def _read_split(ds, folder: Path, split: str) -> tuple[list, list]:
     name, _, count = archives.get(key, ("no val", "", None))
     part, samples = folder / name, []
     if ds == "pcam":
-        labels = _read_h5(folder / archives[f"{split}_y"][0], "y", ...).flatten()  # (N,) uint8
-        samples = [(f"{part}#{i}", label) for i, label in enumerate(labels.tolist())]
+        y_file = folder / archives[f"{split}_y"][0]
+        labels = _open_h5(str(y_file), os.getpid())["y"][:].flatten()  # (N,) uint8
+        indices = range(len(_open_h5(str(part), os.getpid())["x"]))
+        samples = [(f"{part}#{i}", label)
+                   for i, label in zip(indices, labels.tolist(), strict=True)]
     elif part.is_dir():
         names = _class_names(part)
         if names != classes or len(names) < 2:
@@ -326,30 +333,34 @@ def _class_names(folder: Path) -> list[str]:
 def download(ds, reports, root="data") -> None:
     """Fetch what is missing of a data set and of reports with a name below `root`. Raises OSError
     where that breaks off; FILE.part is kept, and the same call goes on from it."""
-    row, root = DATASETS.get(ds, {}), Path(root)
+    row, root, taken = DATASETS.get(ds, {}), Path(root), "another process is downloading it; wait"
     for to, md5, _ in row.get("archives", {}).values():
         if not (root / to).exists():
             name = f"{Path(to).name}.gz" if to.endswith(".h5") else f"{Path(to).parts[0]}.zip"
             url = f"{ZENODO}/{row['record']}/files/{name}?download=1"
-            with _lock(root / name):
+            with lock(f"{root / name}.lock", f"{root / name}: {taken}"):
                 _fetch(url, root / name, md5, row["licence"], row["gb"])
                 _unpack(root / name, root, to, row["gb"])
     if reports in REPORTS:
         name, git_id = REPORTS[reports]
         path = root / "reports" / name
         if not path.exists():
-            with _lock(path):
+            with lock(f"{path}.lock", f"{path}: {taken}"):
                 _fetch(f"{AUTHORS}/{name}", path, git_id, LICENCE, gb=0.1)
 
 
-def _lock(path: Path):
-    """A lock that ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def lock(path, taken: str):
+    """A lock file, ours until it is released or this process ends. OSError with the words `taken`
+    where another process has it; a disk without locks locks nothing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(f"{path}.lock", timeout=0).acquire()
-    except OSError as error:  # Timeout is one
-        reason = f"another process downloads it, or no lock is to be had; {error}"
-        raise OSError(f"{path}: {reason}") from None
+        return FileLock(path, timeout=0, is_singleton=True).acquire()
+    except Timeout:
+        raise OSError(taken) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return nullcontext()
 
 
 def _fetch(url: str, path: Path, expected: str, licence: str, gb: float):

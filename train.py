@@ -37,14 +37,13 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
 from clipit import (BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier,
                     tile_transform, whole)
-from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles,
+from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles, lock,
                   read_reports, tile_side, warn_of_repeated_tiles)
 from lora import TARGETS, inject_lora
 from pairing import CLIPS, embed_texts, load_clip, nearest_text
@@ -140,7 +139,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
             parts = {"loss": loss.detach(), **parts}
-            stop_unless_finite(parts, step + 1)
+            stop_unless_finite(parts, step + 1, run)
             (share * loss).backward()
             sum_over_processes([p.grad for p in trained if p.grad is not None])
             if args.clip:
@@ -164,7 +163,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line |= validate(model, tiles["val"], pairs["val"], text, args)
             line |= {"lr": optimizer.param_groups[0]["lr"],
                      "tiles_per_second": round(steps * args.batch / seconds, 1)}
-            stop_unless_finite({"val_loss": line["val_loss"]}, step)
+            stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
             weights = trained_state(model)
             update_state(state, line, weights, args)
             save_training(run, state, weights, optimizer, args)
@@ -511,13 +510,8 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
                          "all of them the same files")
     if RANK:
         return run
-    run.mkdir(parents=True, exist_ok=True)
-    args.lock = FileLock(run / ".lock", timeout=0, is_singleton=True)  # ends with this process
-    try:
-        args.lock.acquire()
-    except Timeout:
-        raise ValueError(f"{run}: another process is at this run; wait for it, or give another "
-                         "--run") from None
+    args.lock = lock(run / ".lock", f"{run}: another process is at this run; wait for it, or give "
+                     "another --run")
     for name in RESULTS if args.overwrite else (".tmp*",):  # the latter of a run that was killed
         for path in run.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -690,11 +684,11 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
             if p.requires_grad}
 
 
-def stop_unless_finite(parts: dict, step: int) -> None:
+def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
     if not all(math.isfinite(value) for value in parts.values()):
         figures = ", ".join(f"{key} {value:.4g}" for key, value in parts.items())
         raise FloatingPointError(f"not finite at step {step}: {figures}; try a lower --lr\n"
-                                 "last.pt keeps the state of the last validation")
+                                 f"{run / 'last.pt'} holds the last validation's state, if any")
 
 
 def open_tracker(run: Path, args):
@@ -900,11 +894,11 @@ def table(folder: Path, against: str) -> dict:
                 "n": len(seeds)}
         for row in ROWS:
             line[row] = mean_and_sd([figures[row] for figures in seeds.values() if row in figures])
-        for reference in (against, ""):
-            line[f"minus {reference or 'no flag'}"] = ""
+        for reference, column in ((against, f"minus {against}"), ("", "minus no flag")):
+            line[column] = ""
             for key in others:
                 if key != flags and slug(short[key]) == reference:
-                    line[f"minus {reference or 'no flag'}"] = difference(seeds, others[key])
+                    line[column] = difference(seeds, others[key])
         papers = flags in (("--lora-text 1",), ("--authors",))  # the settings are
         line["paper"] = PAPER.get(model, {}).get(ds, "") if papers else ""
         lines.append(line)

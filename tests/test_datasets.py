@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader
 from torchvision.datasets import PCAM
 from torchvision.transforms import PILToTensor
@@ -144,6 +145,26 @@ def test_pcams_checksums_and_tiles_are_torchvisions_from_workers_too(server, tmp
             assert torch.equal(torch.cat(batches), torch.stack(images))
 
 
+def test_an_hdf5_file_is_opened_once_in_each_process(server, tmp_path, monkeypatch):
+    download("pcam", None, tmp_path)
+    opened, h5_file, here = [], h5py.File, os.getpid()  # opened: the process of each opening
+    tiles = load_tiles("pcam", "test", tmp_path,
+                       transform=lambda image: (os.getpid(), opened.count(os.getpid())))
+    data._open_h5.cache_clear()
+    monkeypatch.setattr(h5py, "File", lambda *args: opened.append(os.getpid()) or h5_file(*args))
+    assert [opening for opening, _ in tiles] == [(here, 1)] * 8
+    openings = [item[0] for item in DataLoader(tiles, None, num_workers=2)]
+    assert [count for _, count in openings] == [1] * 8 and here not in dict(openings)
+
+
+def test_pcams_tiles_and_labels_are_equally_many(server, tmp_path):
+    download("pcam", None, tmp_path)
+    with h5py.File(tmp_path / f"{data.PCAM}test_x.h5", "w") as file:
+        file["x"] = np.zeros((7, 96, 96, 3), np.uint8)
+    with pytest.raises(ValueError, match="zip"):
+        load_tiles("pcam", "test", tmp_path)
+
+
 @pytest.mark.parametrize("ds, told", [
     ("crc", f"{CRC}; .* \\(12.5 GB, licence CC BY 4.0\\)\nfrom .*records/1214456"),
     ("bach", f"{BACH}/Photos; .* \\(10.4 GB, licence CC BY-NC-ND 4.0\\)\nfrom .*records/3632035"),
@@ -193,7 +214,8 @@ def test_nothing_is_lost_where_a_download_cannot_go_on(server, monkeypatch, tmp_
             patch.setattr(owner, name, value)
             download("crc", None, tmp_path)
         assert part.stat().st_size == 5_000
-    with data._lock(tmp_path / f"{CRC}.zip"), pytest.raises(OSError, match=".zip: another process"):
+    other = FileLock(f"{part.with_suffix('')}.lock")
+    with other, pytest.raises(OSError, match=".zip: another process"):
         download("crc", None, tmp_path)
 
 
@@ -208,11 +230,12 @@ def test_more_than_is_published_is_neither_fetched_nor_unpacked(server, monkeypa
     assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.glob("*.unpacking"))
 
 
-def test_an_archive_that_cannot_be_read_leaves_nothing_half(server, tmp_path):
-    head = b"PK\1\2\x14\3\x14\0"  # of each member, before the bit of encryption
+@pytest.mark.parametrize("bits, told", [(b"\1\0\0\0", "encrypted"), (b"\0\0c\0", "compression")])
+def test_an_archive_that_cannot_be_read_leaves_nothing_half(bits, told, server, tmp_path):
+    head = b"PK\1\2\x14\3\x14\0"  # of each member, before the bits of encryption and compression
     content, path = server.files[f"{CRC}.zip"], tmp_path / f"{CRC}.zip"
-    path.write_bytes(content.replace(head + b"\0", head + b"\1"))
-    with pytest.raises(OSError, match=f"{path}: {CRC} could not be unpacked .*encrypted"):
+    path.write_bytes(content.replace(head + bytes(4), head + bits))
+    with pytest.raises(OSError, match=f"{path}: {CRC} could not be unpacked .*{told}"):
         download("crc", None, tmp_path)
     assert set(os.listdir(tmp_path)) == {path.name, f"{path.name}.lock"}
 
