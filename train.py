@@ -4,7 +4,6 @@
     python train.py --ds my_tiles --reports reports.txt  # my_tiles/{train,test}/CLASS/*.png
     python train.py --ds crc --download --model VITS_16  # the paper's data, fetched once to data/
     python train.py --no-text                            # the ablation: all but the distillation
-    python train.py --ep 0                               # pairs, page and heads alone, no step 4
     python train.py --table runs                         # finished runs: mean, sd, differences
     torchrun --nproc_per_node 4 -- train.py --ds crc     # four processes share every batch
 
@@ -26,14 +25,12 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from base64 import b64encode
-from functools import partial
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,10 +38,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
-from clipit import (BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier,
-                    tile_transform, whole)
+from clipit import BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier, whole
 from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles, lock,
-                  read_reports, tile_side, warn_of_repeated_tiles)
+                  read_reports, read_tile, tile_side, warn_of_repeated_tiles)
 from lora import TARGETS, inject_lora
 from pairing import CLIPS, embed_texts, load_clip, nearest_text
 
@@ -63,30 +59,31 @@ def main(argv=None) -> dict:
     tiles, labels, reports = load_data(backbone, args)  # by split: Tiles, (N,); M texts
     classes = tiles["train"].classes
     run = open_run(args, clip, backbone, tiles, reports)
-    if metrics := finished_metrics(run):
+    if metrics := found_metrics(run):
         return metrics
 
     # 1. Pair: psi(i) = argmax_j cos(v_i, t_j), by CLIP alone; no label is read
-    text_emb = embed_reports(clip, reports, args)  # (M, d)
+    text_emb = cached(["CLIP", "reports"], args, lambda: embed_texts(clip, list(reports)))  # (M, d)
     image_emb = tile_features("CLIP", clip.encode_image, clip.preprocess, tiles, args)  # (N, d)
     pairs, similarity = {}, {}
     for split in SPLITS:
         pairs[split], similarity[split] = nearest_text(image_emb[split], text_emb)  # (N,), (N,)
-    write_pairs(run, tiles, pairs, similarity, reports)
+    rows = write_pairs(run, tiles, pairs, similarity, reports)
+    write_page(run, rows)
 
     # 2. Vision head h_v on the frozen backbone: the unimodal row
     v = tile_features("backbone", backbone, backbone.preprocess, tiles, args)  # split -> (N, D)
     torch.manual_seed(args.sd)
     vision_head = nn.Linear(backbone.num_features, len(classes))
-    train_head("vision head", vision_head, v, labels, args.sd)
+    p = {"vision head": train_head("vision head", vision_head, v, labels, args.sd)}  # (N, C)
 
     # 3. Text head on the paired reports: what the text knows of the classes
     t = {split: text_emb[pairs[split]] for split in SPLITS}  # (N, d)
     text_head = text_classifier(clip.dim, len(classes))
-    train_head("text head", text_head, t, labels, args.sd)
-    p = {"vision head": vision_head(v["test"]).softmax(dim=1),  # (N, C)
-         "text head": text_head(t["test"]).softmax(dim=1)}
-    p |= clip_baselines(clip, image_emb, labels, classes, args)
+    p["text head"] = train_head("text head", text_head, t, labels, args.sd)
+    if args.baseline == "clip-probe":  # what the features know by which the reports were found
+        probe = nn.Linear(clip.dim, len(classes))
+        p["CLIP linear probe"] = train_head("CLIP linear probe", probe, image_emb, labels, args.sd)
 
     # 4. Fuse and distil: LoRA; CE of the fused logits + lambda * (1 - cos(t, t-hat))
     best = None
@@ -104,9 +101,9 @@ def main(argv=None) -> dict:
     if args.ep:
         write_predictions(run, tiles["test"], p[args.variant])
         write_classifier(run, model, tiles["train"], metrics, args)
-    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports, metrics)
-    write_metrics(run, metrics)
-    return metrics
+    write_page(run, rows, metrics)
+    write(run / "metrics.json", json.dumps(metrics, indent=1))  # the last: now all files are there
+    return found_metrics(run)
 
 
 def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, args, run: Path):
@@ -124,7 +121,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
     epoch_steps = math.ceil(n / args.batch)
     total = args.ep * epoch_steps
     val_steps = max(round(args.val_int * epoch_steps), 1)
-    step, sums, began = state["step"], {}, time.perf_counter()
+    step, sums = state["step"], {}
     model.train()
     while step < total and not state["stopped"]:
         epoch, done = divmod(step, epoch_steps)
@@ -132,14 +129,12 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
         order = torch.randperm(n, generator=generator).split(args.batch)[done:]
         if args.drop_words:
             epoch_text = text_of(clip, reports, text_emb, args, epoch)
-        loader = batches(augment(tiles["train"], epoch, args), order, args, pairs["train"])
+        loader = batches(tiles["train"], order, args, pairs["train"])
         title = f"epoch {epoch + 1} of {args.ep}"
         for images, labels, report, share in progress(title, loader, len(order)):
             torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
-            parts = {"loss": loss.detach(), **parts}
-            stop_unless_finite(parts, step + 1, run)
             (share * loss).backward()
             sum_over_processes([p.grad for p in trained if p.grad is not None])
             if args.clip:
@@ -150,28 +145,24 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             if args.scheduler:  # a cosine by step to a tenth; the authors' over epochs stands still
                 cosine = math.cos(math.pi * step / total)
                 optimizer.param_groups[0]["lr"] = args.lr * (0.55 + 0.45 * cosine)
-            for key, value in parts.items():
+            for key, value in {"loss": loss.detach(), **parts}.items():
                 sums[key] = sums.get(key, 0) + share * value
             if step % val_steps and step < total:
                 continue
 
             # ---- Look at the validation split, keep the best state, write what going on needs
             sum_over_processes(list(sums.values()))
-            steps, seconds = step - state["step"], time.perf_counter() - began
-            line = {"step": step, "epoch": step / epoch_steps}
-            line |= {key: value.item() / steps for key, value in sums.items()}
+            line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
+            line |= {key: value.item() / (step - state["step"]) for key, value in sums.items()}
             line |= validate(model, tiles["val"], pairs["val"], text, args)
-            line |= {"lr": optimizer.param_groups[0]["lr"],
-                     "tiles_per_second": round(steps * args.batch / seconds, 1)}
-            stop_unless_finite({"val_loss": line["val_loss"]}, step, run)
             weights = trained_state(model)
-            update_state(state, line, weights, args)
+            update_state(state, line, weights, run, args)
             save_training(run, state, weights, optimizer, args)
             if tracker:
                 tracker.log(line, step=step)
             if step // val_steps % args.log == 0 or step == total or state["stopped"]:
                 print(shown(line))
-            sums, began = {}, time.perf_counter()
+            sums = {}
             if state["stopped"]:
                 break
     best = state["best"]
@@ -182,22 +173,19 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
 
 
 def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tokens, args):
-    """images (B, 3, H, W), report (B,) -> logits (B, C), t-hat (B, d), t (B, d); fp32.
+    """images (B, 3, H, W), report (B,) -> logits (B, C), t-hat (B, d), t (B, d).
 
     text_emb (M, d), tokens (M, L): of all reports; tokens are None where the text is fixed.
     Distillation reaches the backbone and a trained text tower; cross-entropy never sees t.
     """
-    # matrix products in bf16 on GPUs that have it; parameters, updates and the loss stay fp32
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        logits, t_hat = model.fuse(model.backbone(images))
-        if args.no_text:
-            t = t_hat = None
-        elif tokens is None:  # a fixed text is looked up
-            t = text_emb[report]
-        else:  # tiles share reports: each distinct one is encoded once
-            distinct, row = report.unique(return_inverse=True)
-            t = model.text_tower(tokens[distinct])[row]
-    logits, t_hat, t = (x if x is None else x.float() for x in (logits, t_hat, t))
+    logits, t_hat = model.fuse(model.backbone(images))
+    if args.no_text:
+        t = t_hat = None
+    elif tokens is None:  # a fixed text is looked up
+        t = text_emb[report]
+    else:  # tiles share reports: each distinct one is encoded once
+        distinct, row = report.unique(return_inverse=True)
+        t = model.text_tower(tokens[distinct])[row]
     if args.authors:  # theirs: cross-entropy takes probabilities for logits
         logits = logits.softmax(dim=1)
     return logits, t_hat, t
@@ -227,8 +215,9 @@ def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> d
 
 
 def train_head(name: str, head: nn.Module, features: dict[str, Tensor], labels: dict[str, Tensor],
-               seed: int, steps: int = 12_500, patience: int = 20) -> None:
-    """Train a head on stored features; features: split -> (N, D), labels: split -> (N,).
+               seed: int, steps: int = 12_500, patience: int = 20) -> Tensor:
+    """Train a head on features, split -> (N, D), and labels, split -> (N,); returns the test
+    split's probabilities (N, C).
 
     AdamW 3e-4, batch 256 and 12,500 steps at most, as kaiko-eva 0.1.2 trains its linear probe.
     Ours: of 100 looks at the validation loss (its: accuracy) the state of the lowest is kept, and
@@ -255,7 +244,7 @@ def train_head(name: str, head: nn.Module, features: dict[str, Tensor], labels: 
         if waited == patience:
             break
     head.load_state_dict(best)
-    head.requires_grad_(False)
+    return head.requires_grad_(False)(features["test"]).softmax(dim=1)
 
 
 # ---- Metrics: probabilities p (N, C), labels (N,) -----------------------------------------------
@@ -275,17 +264,14 @@ def scores(p: Tensor, labels: Tensor) -> dict:
 
 
 def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
-    """Fig. 3: the tiles that the text model gets right and the vision model wrong, as count and
-    share, per class too. vision, text: probabilities (N, C)."""
+    """Fig. 3: the tiles that the text model gets right and the vision model wrong: their number,
+    and shares of all tiles, of the vision model's errors, of each class. (N, C) probabilities."""
     wrong = vision.argmax(dim=1) != labels
-    gained = wrong & (text.argmax(dim=1) == labels)  # (N,)
-    per_class = {}
-    for label, name in enumerate(classes):
-        among = gained[labels == label].double()
-        per_class[name] = {"tiles": int(among.sum()), "share": among.mean().item()}
-    return {"tiles": int(gained.sum()), "share": gained.double().mean().item(),
-            "share_of_vision_errors": gained[wrong].double().mean().nan_to_num().item(),
-            "per_class": per_class}
+    gained = (wrong & (text.argmax(dim=1) == labels)).double()  # (N,)
+    per_class = {name: gained[labels == i].mean().item() for i, name in enumerate(classes)}
+    return {"tiles": int(gained.sum()), "share": gained.mean().item(),
+            "share_of_vision_errors": gained[wrong].mean().nan_to_num().item(),
+            "share_per_class": per_class}
 
 
 def text_spread(features: Tensor) -> float:
@@ -298,25 +284,19 @@ def text_spread(features: Tensor) -> float:
 
 def load_models(args):
     """CLIP and the backbone on the device; from here on the same seed gives the same numbers."""
-    cuda = args.device.type == "cuda"
-    if cuda:
+    if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.backends.cudnn.allow_tf32 = False  # where fp32 is asked for, and pairing always is
+    torch.backends.cudnn.allow_tf32 = False  # fp32 throughout, as in the authors' code
     torch.manual_seed(args.sd)  # of random weights, where they are asked for
     if not args.download:
         dataset_folder(args.ds)  # refused before anything is loaded
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
-    clip.tokenize([""])  # conch's tokenizer file is asked for here, not after an hour of tiles
     backbone = load_backbone(args.model, args.weights, args.tile_size)
-    if args.authors and args.ds == "pcam":  # theirs: OpenAI's statistics under all backbones
-        statistics = dict(mean=[*timm.data.OPENAI_CLIP_MEAN], std=[*timm.data.OPENAI_CLIP_STD])
-        backbone.recipe |= statistics
-        backbone.preprocess = tile_transform(backbone.recipe["size"], **statistics)
     return clip, backbone.to(args.device)
 
 
@@ -336,11 +316,6 @@ def load_data(backbone: nn.Module, args):
         print(f"{args.ds}: {len(part)} {split} tiles of {len(part.classes)} classes")
     warn_of_repeated_tiles(tiles)
     return tiles, {split: torch.tensor(tiles[split].labels) for split in SPLITS}, reports
-
-
-def embed_reports(clip, reports, args) -> Tensor:
-    """CLIP features of the reports, (M, d)."""
-    return cached(["CLIP", "reports"], args, lambda: embed_texts(clip, list(reports)))
 
 
 def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor]:
@@ -363,21 +338,6 @@ def outputs(title: str, model, tiles: Tiles, args) -> Tensor:
     return gather(torch.cat(rows), len(tiles))
 
 
-def clip_baselines(clip, image_emb, labels, classes: list[str], args) -> dict[str, Tensor]:
-    """--baseline's rows of the CLIP image tower, test probabilities (N, C): what its features, by
-    which the reports were found, know themselves. image_emb: split -> (N, d)."""
-    p = {}
-    if "clip-probe" in args.baseline:
-        probe = nn.Linear(clip.dim, len(classes))
-        train_head("CLIP linear probe", probe, image_emb, labels, args.sd)
-        p["CLIP linear probe"] = probe(image_emb["test"]).softmax(dim=1)
-    if "zeroshot" in args.baseline:  # cosines with a prompt a class, at the usual temperature 1/100
-        names = DATASETS.get(args.ds, {}).get("prompts", classes)
-        prompts = embed_texts(clip, [f"an H&E image of {name}." for name in names])  # (C, d)
-        p["CLIP zero-shot"] = (100 * image_emb["test"] @ prompts.T).softmax(dim=1)
-    return p
-
-
 def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> ClipIT:
     """ClipIT, with LoRA by --lora-vision and --lora-text. Seeded anew, and the text side last: with
     and without text, everything else starts from the same numbers."""
@@ -385,7 +345,7 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
     lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
     model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
                    vision_head.in_features, clip.dim, args.kd_layers,
-                   fused="lora" not in args.baseline, random_fusion=args.authors)
+                   fused=args.baseline != "lora", random_fusion=args.authors)
     model.vision_head.load_state_dict(vision_head.state_dict())
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
@@ -414,22 +374,6 @@ def batches(tiles, order, args, pairs: Tensor | None = None):
     for batch, ((images, labels), report) in zip(order, loader):
         share = len(batch[RANK::WORLD]) / len(batch)
         yield *(x.to(args.device, non_blocking=True) for x in (images, labels, report)), share
-
-
-def augment(tiles: Tiles, epoch: int, args) -> Tiles:
-    """The tiles; with --authors on PCAM under the flips and the colour jitter that theirs have."""
-    if not args.authors or args.ds != "pcam":
-        return tiles
-    from torchvision.transforms import v2
-    transform = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-                            v2.ColorJitter(0.5, 0.5, 0.5, hue=0.05), tiles.transform])
-    return tiles.with_transform(partial(seeded, transform, args.sd * 1009 + epoch))
-
-
-def seeded(transform, seed: int, image) -> Tensor:
-    """transform(image) with random numbers that the seed and the pixels alone decide."""
-    torch.manual_seed(zlib.crc32(image.tobytes()) + seed)
-    return transform(image)
 
 
 def text_of(clip, reports, text_emb: Tensor, args, epoch: int | None = None):
@@ -498,14 +442,17 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
     """Make DIR/OUTPUT/RUN with args.json, or go on in it. Raises ValueError, and changes nothing,
     where it holds a run of other flags or inputs, or another process is at it."""
     run = Path(args.dir, args.output, args.run)
-    config = {key: value for key, value in vars(args).items() if key not in PLACES}
     preprocess = re.sub(" at 0x[0-9a-f]+", "", repr(clip.preprocess))  # functions' addresses
-    args.inputs = {"reports": sha256(list(reports)),
-                   "backbone": sha256(backbone, repr(backbone.preprocess)),
-                   "CLIP": sha256(clip.image_tower, clip.text_tower, preprocess)}
+    inputs = {"reports": sha256(list(reports)),
+              "backbone": sha256(backbone, repr(backbone.preprocess)),
+              "CLIP": sha256(clip.image_tower, clip.text_tower, preprocess)}
     for split in SPLITS:
-        args.inputs[f"{split} tiles"] = sha256(tiles[split].labels, file_facts(tiles[split].paths))
-    if any(inputs != args.inputs for inputs in from_all(args.inputs)):
+        paths = tiles[split].paths  # FILE.h5#17 is of FILE.h5
+        stats = [os.stat(re.sub(r"(?<=\.h5)#\d+$", "", path)) for path in paths]
+        times = [(file.st_size, file.st_mtime_ns) for file in stats]
+        inputs[f"{split} tiles"] = sha256(paths, tiles[split].labels, times)
+    args.inputs = inputs
+    if any(theirs != inputs for theirs in from_all(inputs)):
         raise ValueError("the processes of the run see different tiles, reports or weights; give "
                          "all of them the same files")
     if RANK:
@@ -516,19 +463,20 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
         for path in run.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
-    versions = {"python": sys.version.split()[0]} | {x: version(x) for x in packages}
-    facts = {"config": config, "inputs": args.inputs, "versions": versions}
+    config = {key: value for key, value in vars(args).items()
+              if key not in (*PLACES, "inputs", "lock")}
+    facts = {"config": config, "inputs": inputs, "versions": {x: version(x) for x in packages}}
     if (run / "args.json").exists():
         first = read_json(run / "args.json", facts.keys())
         changes = [f"{key} {first['config'].get(key)!r} there, {value!r} now"
                    for key, value in config.items() if first["config"].get(key) != value]
-        changes += [f"the {name} changed" for name, value in args.inputs.items()
-                    if first["inputs"].get(name) != value]
+        changes += [f"the {name} changed" for name in inputs
+                    if first["inputs"].get(name) != inputs[name]]
         if changes:
             raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(changes)})\n"
                              "give another --run, or --overwrite to begin it anew")
-        facts |= {"versions": first["versions"], "versions_of_the_last_start": versions}
-    write_text(run / "args.json", json.dumps(facts, indent=1))
+        facts = first | {"versions_of_the_last_start": facts["versions"]}
+    write(run / "args.json", json.dumps(facts, indent=1))
     return run
 
 
@@ -545,25 +493,12 @@ def sha256(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def file_facts(paths: list[str]) -> list:
-    """Path, size and time of each tile's file (FILE.h5#17: of FILE.h5)."""
-    facts = []
-    for path in paths:
-        file = os.stat(re.sub(r"(?<=\.h5)#\d+$", "", path))
-        facts.append((path, file.st_size, file.st_mtime_ns))
-    return facts
-
-
 def cached(inputs: list[str], args, compute) -> Tensor:
     """compute()'s tensor, kept in DIR/cache under the hashes of the inputs it depends on. The
     folder may be removed at any time; of many processes the first one's file counts."""
     title, hashes = " ".join(inputs), "-".join(args.inputs[name] for name in inputs)
-    path, tensor = Path(args.dir, "cache", f"{slug(title)}-{hashes}.pt"), None
-    try:
-        tensor = torch.load(path, weights_only=True) if RANK == 0 else None
-    except Exception:  # none there, or whatever is wrong with it: computing mends it
-        pass
-    tensor = from_all(tensor)[0]
+    path = Path(args.dir, "cache", f"{slug(title)}-{hashes}.pt")
+    tensor = read_torch(path)
     print(f"features of {title}: {'computed' if tensor is None else 'from the cache'}")
     if tensor is None:
         tensor = compute()
@@ -573,85 +508,69 @@ def cached(inputs: list[str], args, compute) -> Tensor:
     return tensor
 
 
-def write_file(path: Path, write) -> None:
-    """write(a temporary path), then renamed: after a kill or a power cut the old file or the new
-    one is there. The first process writes. OSError, and nothing left, where it fails."""
-    if RANK:
-        return
-    try:
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, by the first process. OSError where it fails."""
+    if RANK == 0:
         with whole(path) as part:
-            write(part)
-            sync(part, *part.rglob("*"))
-            if path.is_dir():  # a folder cannot be renamed over another
-                shutil.rmtree(path)
-        sync(path.parent)
-    except Exception as error:  # safetensors' are of its own kind
-        raise OSError(f"{path}: could not be written ({error})\nmake room there or give another "
-                      "--dir; the same command goes on") from None
+            part.write_text(text, "utf-8", "replace")
 
 
-def sync(*paths: Path) -> None:
-    """Have the system write files, and the names in folders, to the disk now."""
-    for path in paths if os.name == "posix" else ():
-        number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda part: part.write_text(text, "utf-8", "replace"))
+def write_csv(path: Path, rows) -> None:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    write(path, file.getvalue())
 
 
 def write_torch(path: Path, value) -> None:
     """torch.save by way of memory: on a full disk its own writer does not say so."""
     file = io.BytesIO()
     torch.save(value, file)
-    write_file(path, lambda part: part.write_bytes(file.getbuffer()))
+    if RANK == 0:
+        with whole(path) as part:
+            part.write_bytes(file.getbuffer())
 
 
-def write_csv(path: Path, rows) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+def read_torch(path: Path):
+    """What write_torch has written, as the first process reads it. None where nothing is there, or
+    it is damaged: whoever asks makes it anew."""
+    value = None
+    try:
+        if RANK == 0 and path.exists():
+            value = torch.load(path, weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise of all kinds
+        print(f"{path}: damaged ({error!s:.100}), and made anew")
+    return from_all(value)[0]
 
 
 def read_json(path: Path, keys) -> dict:
-    """What a run has written there, if it has those keys; otherwise ValueError with the path."""
+    """What a run has written there, with those keys; otherwise ValueError with the path."""
     try:
         facts = json.loads(path.read_text("utf-8"))
-        missing = keys - facts.keys()
-    except (ValueError, AttributeError) as error:
-        missing = error
-    if missing:
-        raise ValueError(f"{path}: not a file of a run of this version ({missing}); remove it, or "
-                         "begin the run anew by --overwrite")
-    return facts
+        return {key: facts[key] for key in keys} | facts
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of a run of this version ({error!r}); remove it, or "
+                         "begin the run anew by --overwrite") from None
 
 
 def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
     """Where training stands: what last.pt says, where it is there, otherwise at its start."""
-    saved = None
-    try:
-        if RANK == 0 and (run / "last.pt").exists():
-            saved = torch.load(run / "last.pt", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch raise of all kinds
-        raise ValueError(f"{run / 'last.pt'}: damaged ({str(error)[:100]})\nremove it, and the "
-                         "same command trains anew") from None
-    saved = from_all(saved)[0]
+    saved = read_torch(run / "last.pt")
     if saved is None:
         return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": []}
     model.load_state_dict(saved["model"], strict=False)
     optimizer.load_state_dict(saved["optimizer"])
-    write_log(run, saved["state"])
     print(f"going on from step {saved['state']['step']}")
     return saved["state"]
 
 
-def update_state(state: dict, line: dict, weights: dict[str, Tensor], args) -> None:
-    """Keep the weights of the best --monitor; --early stops after --patience looks without a better
+def update_state(state: dict, line: dict, weights: dict[str, Tensor], run: Path, args) -> None:
+    """Keep the model of the best --monitor; --early stops after --patience looks without a better
     one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
-    spreads = [look.get("text_spread", 1) for look in [*state["log"], line]]
-    if args.lora_text and spreads[-1] < 0.1 <= min(spreads[:-1], default=1):  # for the first time
+    if not all(map(math.isfinite, line.values())):
+        raise FloatingPointError(f"not finite at step {line['step']}: {shown(line)}; try a lower "
+                                 f"--lr\n{run / 'last.pt'} holds the validation before, if any")
+    collapsed = [x for x in [*state["log"], line] if x.get("text_spread", 1) < 0.1]
+    if args.lora_text and collapsed == [line]:  # for the first time
         print("the reports' features have collapsed to nearly one direction (text_spread < 0.1): "
               "little is left to distil; --lora-text 0 keeps them")
     value, gain = line.get(args.monitor, line["step"]), math.inf
@@ -669,13 +588,9 @@ def save_training(run: Path, state: dict, weights: dict[str, Tensor], optimizer,
     """last.pt, everything that the next step depends on, and log.jsonl, which is in it too."""
     saved = {"state": state, "model": weights, "optimizer": optimizer.state_dict()}
     write_torch(run / "last.pt", saved)
-    write_log(run, state)
+    write(run / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in state["log"]))
     if args.chkpnt:
         write_torch(run / f"step_{state['step']}.pt", weights)
-
-
-def write_log(run: Path, state: dict) -> None:
-    write_text(run / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in state["log"]))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -684,53 +599,38 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
             if p.requires_grad}
 
 
-def stop_unless_finite(parts: dict, step: int, run: Path) -> None:
-    if not all(math.isfinite(value) for value in parts.values()):
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in parts.items())
-        raise FloatingPointError(f"not finite at step {step}: {figures}; try a lower --lr\n"
-                                 f"{run / 'last.pt'} holds the last validation's state, if any")
-
-
 def open_tracker(run: Path, args):
     """--wandb: its run, whose log() takes the lines of log.jsonl; otherwise None."""
     if not args.wandb or RANK:
         return None
     import wandb
-    config = read_json(run / "args.json", {"config"})["config"]
-    return wandb.init(project="clip-it", name=run.name, dir=run, config=config)
+    return wandb.init(project="clip-it", name=run.name, dir=run, config={"flags": args.flags})
 
 
 def progress(title: str, items, total: int):
-    """The items under a bar or, 100 or more in a log, between two lines. Ends the run where a
-    signal has asked for it."""
-    log = total >= 100 and not sys.stderr.isatty()
-    if log:
-        print(f"{title}: {total} steps", flush=True)
-    try:
-        for item in tqdm(items, title, total, leave=False, disable=None):
-            if SIGNALS:
-                raise KeyboardInterrupt
-            yield item
-    finally:
-        if log:
-            print(f"{title}: ended", flush=True)
+    """The items under a bar; 100 or more in a log under its first and last line. A signal ends the
+    run here."""
+    log = not sys.stderr.isatty()
+    for item in tqdm(items, title, total, leave=log, mininterval=3600 if log else 0.1,
+                     disable=RANK > 0 or (log and total < 100)):
+        if SIGNALS:
+            raise KeyboardInterrupt
+        yield item
 
 
-def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) -> None:
-    """pairs.csv: tile, split, its report's number (from 0, of the distinct ones), their cosine, and
-    the report's place in the source and first words."""
-    places = list(reports.items())
-    rows = [("tile", "split", "report", "similarity", "place", "text")]
+def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) -> list[tuple]:
+    """pairs.csv: tile, split, class, its report's number (from 0, of the distinct ones), their
+    cosine, the report's place in the source and first words; returns its rows, of whole reports."""
+    places, rows = list(reports.items()), []
     for split in SPLITS:
-        nearest = zip(tiles[split].paths, pairs[split].tolist(), similarity[split].tolist())
-        for tile, report, cosine in nearest:
-            text, place = places[report]
-            rows.append((tile, split, report, f"{cosine:.6f}", place, text[:60]))
-    write_csv(run / "pairs.csv", rows)
-    write_page(run, tiles["train"], pairs["train"], similarity["train"], reports)
-    uses = torch.cat(list(pairs.values())).bincount()  # (M,)
-    print(f"pairs: {int((uses > 0).sum())} of {len(reports)} reports used, the most used by "
-          f"{uses.max() / uses.sum():.1%} of the tiles")
+        nearest = zip(pairs[split].tolist(), similarity[split].tolist())
+        for path, label, (report, cosine) in zip(tiles[split].paths, tiles[split].labels, nearest):
+            name, (text, place) = tiles[split].classes[label], places[report]
+            rows.append((path, split, name, report, round(cosine, 6), place, text))
+    columns = ("tile", "split", "class", "report", "similarity", "place", "text")
+    write_csv(run / "pairs.csv", [columns, *((*row[:6], row[6][:60]) for row in rows)])
+    print(f"pairs: {len({row[3] for row in rows})} of {len(reports)} reports used")
+    return rows
 
 
 def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
@@ -738,9 +638,9 @@ def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
     own names beside them."""
     columns = [f"class_{i}" for i in range(p.shape[1])]
     rows = [["path", "target", "pred", "target_class", "pred_class", *columns]]
-    predictions = p.argmax(dim=1).tolist()
-    for path, label, pred, row in zip(tiles.paths, tiles.labels, predictions, p.tolist()):
-        rows.append([path, label, pred, tiles.classes[label], tiles.classes[pred], *row])
+    for path, label, row in zip(tiles.paths, tiles.labels, p):
+        pred = int(row.argmax())
+        rows.append([path, label, pred, tiles.classes[label], tiles.classes[pred], *row.tolist()])
     write_csv(run / "predictions.csv", rows)
 
 
@@ -749,33 +649,28 @@ def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
              "licence": row.get("licence", "not known here"), "variant": args.variant,
-             "test_tiles": metrics["test_tiles"], "reports": None, "clip_model": None,
+             "test_tiles": metrics["test_tiles"],
              "mpp": args.mpp or row.get("mpp"), "side": row.get("side") or tile_side(tiles),
-             "metrics": {key: rows[args.variant][key] for key in COLUMNS},
-             "unimodal": {key: rows["vision head"][key] for key in COLUMNS}}
+             "metrics": rows[args.variant], "unimodal": rows["vision head"]}
     if not args.no_text:
-        facts["reports"] = Path(args.reports).name
-        facts["clip_model"] = re.sub("(?<=local-dir:).*/", "", args.clip_model)
+        facts |= {"reports": Path(args.reports).name,
+                  "clip_model": re.sub("(?<=local-dir:).*/", "", args.clip_model)}
     classifier = model.to_classifier(metrics["classes"], facts)
-    write_file(run / "classifier", classifier.save_pretrained)
+    if RANK == 0:
+        with whole(run / "classifier") as part:
+            classifier.save_pretrained(part)
 
 
 COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1"}
 NOTES = {"vision head": " (frozen backbone, unimodal)", "text head": " (paired reports)"}
 
 
-def write_metrics(run: Path, metrics: dict) -> None:
-    """metrics.json, the last file of a run: where it is there, all others are."""
-    write_text(run / "metrics.json", json.dumps(metrics, indent=1))
-    print(f"\n{results(metrics)}\nthe run lies in {run}")
-
-
-def finished_metrics(run: Path) -> dict | None:
-    """What the run has found, printed once more, if it had ended before."""
+def found_metrics(run: Path) -> dict | None:
+    """What the run has found, printed, if it has ended."""
     metrics = None
     if RANK == 0 and (run / "metrics.json").exists():
         metrics = read_json(run / "metrics.json", {"rows", "complementarity"})
-        print(f"\n{results(metrics)}\nthe run in {run} had ended; --overwrite begins it anew")
+        print(f"\n{results(metrics)}\nthe run lies in {run}; --overwrite begins it anew")
     return from_all(metrics)[0]
 
 
@@ -787,9 +682,9 @@ def results(metrics: dict) -> str:
         figures = "".join(f"{100 * row[key]:12.2f}" for key in COLUMNS)
         lines.append((name + NOTES.get(name, " (image only)")).ljust(41) + figures)
     gained = metrics["complementarity"]
-    lines.append(f"complementarity: the text head is right on {gained['tiles']} tiles where the "
-                 f"vision head is wrong, {gained['share']:.1%} of all, "
-                 f"{gained['share_of_vision_errors']:.1%} of its errors")
+    lines.append(f"complementarity: the text head alone is right on {gained['tiles']} tiles, "
+                 f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the "
+                 "vision head's errors")
     return "\n".join(lines)
 
 
@@ -800,45 +695,41 @@ def shown(line: dict) -> str:
     return f"step {line['step']}  {figures}"
 
 
-STYLE = """
-:root { color-scheme: light dark } pre, div { overflow-x: auto }
+HEAD = """<!DOCTYPE html><meta charset=utf-8><style>
+:root { color-scheme: light dark } pre, .wide { overflow-x: auto } td, th { padding: .2rem .6rem }
 body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-wrap: anywhere }
-td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
 .pair { display: flex; gap: 1rem; margin: .5rem } img { width: 7rem; height: 7rem; flex: none }
-"""
+</style>"""
 
 
-def write_page(run: Path, tiles: Tiles, pairs, similarity, reports, metrics=None) -> None:
+def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
     """report.html, without scripts: results, confusion and the log of training, once there are any;
     training tiles beside their reports, of every class from the highest cosine to the lowest."""
-    if RANK:
-        return
-    title, texts = escape(f"CLIP-IT: {run.parent.name}/{run.name}"), list(reports)
-    parts = ["<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="
-             f"'width=device-width'><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
+    title, groups = escape(f"{run.parent.name}/{run.name}"), {}
+    parts = [f"{HEAD}<title>{title}</title><h1>{title}</h1>"]
     if metrics:
         name, row = list(metrics["rows"].items())[-1]
         parts += [f"<pre>{escape(results(metrics))}</pre><h2>Confusion of {name}</h2>",
                   confusion_table(row["confusion"], metrics["classes"])]
-        if metrics["best"]:
-            log = [shown(json.loads(line)) for line in open(run / "log.jsonl")]
-            parts += ["<h2>Training</h2><pre>", *log, "</pre>"]
+    if metrics and metrics["best"] and RANK == 0:
+        log = [shown(json.loads(line)) for line in open(run / "log.jsonl")]
+        parts += ["<h2>Training</h2><pre>", *log, "</pre>"]
     parts.append("<h2>Pairs</h2><p>Cosines of training tiles and reports; labels took no part.</p>")
-    labels = torch.tensor(tiles.labels)
-    for label, name in list(enumerate(tiles.classes))[:40]:
-        members = (labels == label).nonzero()[:, 0]
-        members = members[similarity[members].argsort(descending=True, stable=True)]
+    for row in rows:
+        if row[1] == "train":
+            groups.setdefault(row[2], []).append(row)
+    for name, members in list(groups.items())[:40]:
+        members.sort(key=lambda row: -row[4])
         parts.append(f"<h3>{escape(name)}</h3>")
-        for i in members[torch.linspace(0, len(members) - 1, 4).long().unique()].tolist():
-            image, file = tiles.with_transform(None)[i][0], io.BytesIO()
+        for path, _, _, report, cosine, _, text in members[::max((len(members) - 1) // 3, 1)][:4]:
+            image, file = read_tile(path), io.BytesIO()
             image.thumbnail((112, 112))
-            image.save(file, "JPEG", quality=80)
-            source = f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
-            parts.append(f"<div class=pair><img alt='' src='{source}'><p><b>{similarity[i]:.3f}</b>"
-                         f" report {pairs[i]}: {escape(texts[pairs[i]][:500])}<br>"
-                         f"{escape(tiles.paths[i])}</p></div>")
-    flags = escape((run / "args.json").read_text())
-    write_text(run / "report.html", "\n".join([*parts, f"<h2>Flags</h2><pre>{flags}</pre>"]))
+            image.save(file, "JPEG")
+            jpeg = b64encode(file.getvalue()).decode()
+            parts.append(f"<div class=pair><img alt='' src='data:image/jpeg;base64,{jpeg}'><p>"
+                         f"<b>{cosine:.3f}</b> report {report}: {escape(text[:500])}<br>"
+                         f"{escape(path)}</p></div>")
+    write(run / "report.html", "\n".join(parts))
 
 
 def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
@@ -848,60 +739,53 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
         cells = [f"<td style='background:rgb(0 120 200/{count / max(sum(row), 1):.2f})'>{count}"
                  for count in row]
         lines.append(f"<th>{escape(name)}{''.join(cells)}")
-    return f"<div><table><tr>{'<tr>'.join(lines)}</table></div>"
+    return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 
 # ---- --table: finished runs, a line a variant ---------------------------------------------------
 
-PAPER = {  # Table 1: balanced accuracy in %, unimodal -> CLIP-IT
-    "UNI": dict(pcam="94.24 → 95.49", bach="78.89 → 81.79", crc="94.66 → 95.92"),
-    "DINOL14": dict(pcam="88.88 → 92.32", bach="84.26 → 86.11", crc="94.40 → 95.91"),
-    "VITB_16": dict(pcam="88.13 → 91.42", bach="80.78 → 82.94", crc="95.86 → 95.67"),
-    "VITS_16": dict(pcam="88.43 → 90.93", bach="82.90 → 84.64", crc="93.77 → 95.34"),
-    "VITB_8": dict(pcam="87.54 → 91.92", bach="86.90 → 84.91", crc="95.71 → 95.66"),
-    "VITS_8": dict(pcam="87.90 → 90.24", bach="81.01 → 82.55", crc="94.90 → 95.55"),
-}
-ROWS = ("vision head", "text head", "CLIP linear probe", "CLIP zero-shot", "validation", "trained",
-        "complementarity")
+ROWS = ("vision head", "text head", "CLIP linear probe", "validation", "trained", "complementarity")
+# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; the last for more, too
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def table(folder: Path, against: str) -> dict:
     """A line for each data set, backbone and set of flags among the finished runs below `folder`:
     balanced accuracy in %, mean ± sd over n seeds, and what it is above the runs --against and
     those without a flag, paired by seed, with 95 % t intervals. As markdown, and in table.csv."""
-    variants: dict[tuple, dict] = {}  # (ds, model, flags) -> seed -> row -> %
+    groups: dict[tuple, dict] = {}  # (ds, model) -> flags -> seed -> row -> %
     for path in sorted(folder.rglob("metrics.json")):
         metrics = read_json(path, {"rows", "complementarity", "best"})
         config = read_json(path.parent / "args.json", {"config", "inputs"})["config"]
         figures = {row: 100 * x["balanced_accuracy"] for row, x in metrics["rows"].items()}
-        figures["complementarity"] = 100 * metrics["complementarity"]["share"]
         if metrics["best"]:
-            figures["trained"] = figures[list(metrics["rows"])[-1]]
+            figures["trained"] = list(figures.values())[-1]
             if config["monitor"].endswith("acc"):  # to choose flags by
                 figures["validation"] = 100 * metrics["best"]["value"]
-        seeds = variants.setdefault((config["ds"], config["model"], (*config["flags"],)), {})
+        figures["complementarity"] = 100 * metrics["complementarity"]["share"]
+        group = groups.setdefault((config["ds"], config["model"]), {})
+        seeds = group.setdefault((*config["flags"],), {})
         if config["sd"] in seeds:
             print(f"{path.parent}: seed {config['sd']} once more; its first run counts")
         seeds.setdefault(config["sd"], figures)
-    if not variants:
+    if not groups:
         raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give a --dir of runs")
     lines = []
-    for (ds, model, flags), seeds in variants.items():
-        others = {key[2]: runs for key, runs in variants.items() if key[:2] == (ds, model)}
-        common = set(flags).intersection(*others)  # what all of them have tells nothing
-        short = {key: " ".join(flag for flag in key if flag not in common) for key in others}
-        line = {"data": Path(ds).name, "backbone": Path(model).name, "flags": short[flags] or "-",
-                "n": len(seeds)}
-        for row in ROWS:
-            line[row] = mean_and_sd([figures[row] for figures in seeds.values() if row in figures])
-        for reference, column in ((against, f"minus {against}"), ("", "minus no flag")):
-            line[column] = ""
-            for key in others:
-                if key != flags and slug(short[key]) == reference:
-                    line[column] = difference(seeds, others[key])
-        papers = flags in (("--lora-text 1",), ("--authors",))  # the settings are
-        line["paper"] = PAPER.get(model, {}).get(ds, "") if papers else ""
-        lines.append(line)
+    for (ds, model), group in groups.items():
+        common = set.intersection(*map(set, group))  # what all of them have tells nothing
+        short = {flags: " ".join(x for x in flags if x not in common) for flags in group}
+        by_name = {slug(short[flags]): seeds for flags, seeds in group.items()}
+        for flags, seeds in group.items():
+            line = {"data": Path(ds).name, "backbone": Path(model).name,
+                    "flags": short[flags] or "-", "n": len(seeds)}
+            for row in ROWS:
+                values = [figures[row] for figures in seeds.values() if row in figures]
+                line[row] = f"{mean(values):.1f}" if values else ""
+                if len(values) > 1:
+                    line[row] += f" ± {stdev(values):.1f}"
+            for name in (against, ""):
+                line[f"minus {name or 'no flag'}"] = difference(seeds, by_name.get(name, seeds))
+            lines.append(line)
     rows = [list(lines[0]), *(list(line.values()) for line in lines)]
     for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]:
         print(f"| {' | '.join(map(str, row))} |")
@@ -909,23 +793,14 @@ def table(folder: Path, against: str) -> dict:
     return {"table": lines}
 
 
-def mean_and_sd(values: list[float]) -> str:
-    x = torch.tensor(values, dtype=torch.double)
-    return f"{x.mean():.1f} ± {x.std():.1f}" if len(x) > 1 else f"{x.mean():.1f}" if len(x) else ""
-
-
 def difference(runs: dict, reference: dict) -> str:
     """Mean of `trained` minus the reference's, paired by seed, with its 95 % t interval."""
-    gains = [runs[seed]["trained"] - reference[seed]["trained"] for seed in runs.keys() &
-             reference.keys() if "trained" in runs[seed] and "trained" in reference[seed]]
-    if len(gains) < 2:
+    gains = [figures["trained"] - reference[seed]["trained"] for seed, figures in runs.items()
+             if "trained" in figures and "trained" in reference.get(seed, {})]
+    if runs is reference or len(gains) < 2:
         return ""
-    x = torch.tensor(gains, dtype=torch.double)
-    grid = torch.linspace(0, 20, 200_001, dtype=torch.double)
-    density = torch.distributions.StudentT(len(x) - 1.0).log_prob(grid).exp()
-    t = grid[torch.searchsorted(torch.cumulative_trapezoid(density, grid), 0.475)]  # two-sided 5 %
-    half = t * x.std() / math.sqrt(len(x))
-    return f"{x.mean():+.1f} [{x.mean() - half:+.1f}, {x.mean() + half:+.1f}]"
+    half = T_QUANTILES[min(len(gains), 10) - 2] * stdev(gains) / math.sqrt(len(gains))
+    return f"{mean(gains):+.1f} [{mean(gains) - half:+.1f}, {mean(gains) + half:+.1f}]"
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -933,10 +808,6 @@ def difference(runs: dict, reference: dict) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; python train.py --help lists the flags")
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def within(low: float, high: float = 1e9):
@@ -954,7 +825,8 @@ SHARE, BELOW_1 = within(0.001, 0.999), within(0.0, 0.99)
 
 
 def build_parser() -> Parser:
-    parser = Parser("train.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser = Parser("train.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def flag(name, default, help, type=str, **kwargs):
         parser.add_argument(f"--{name}", default=default, help=help, type=type, **kwargs)
@@ -965,20 +837,20 @@ def build_parser() -> Parser:
     one = dict(type=int, choices=(0, 1), nargs="?", const=1)  # --early, --early 1
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/")
     flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
-    switch("download", "fetch the data set and the reports to data/ if they are missing")
+    switch("download", "fetch what is missing of the data set and the reports to data/")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
     flag("weights", None, "local weights of the backbone, or `none` for random ones")
     flag("tile-size", None, "pixels that the backbone sees; unset, its own", within(8, 4096))
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
     flag("clip-weights", None, "local weights of the pairing model, or `none`")
-    flag("mpp", None, "micrometres a pixel of the tiles, for whole slides", within(0.01, 100.0))
-    flag("dir", "runs", "where runs are written: DIR/OUTPUT/RUN")
+    flag("mpp", None, "micrometres a pixel, for whole slides", within(0.01, 100.0))
+    flag("dir", "runs", "a run is DIR/OUTPUT/RUN")
     flag("output", None, "unset, the name of the data set")
     flag("run", None, "unset, the flags that differ from their defaults")
-    switch("overwrite", "remove what the run has written, and begin it anew")
+    switch("overwrite", "begin the run anew")
     flag("sd", 0, "seed", WHOLE)
     flag("shots", None, "training tiles of each class, drawn by the seed", COUNT)
-    flag("limit", None, "use this share of each class and split, for a quick try", SHARE)
+    flag("limit", None, "share of each class and split, for a quick try", SHARE)
     flag("batch", 64, "tiles a step", COUNT)
     flag("lr", 1e-3, "of Adam", POSITIVE)
     flag("weight-decay", 1e-4, "L2 in the gradient", FROM_0)
@@ -992,15 +864,15 @@ def build_parser() -> Parser:
     flag("lora-text", 0, "1: train the text tower too, as the paper does", **one)
     flag("lora-vision", 1, "0: the backbone stays as it is", **one)
     flag("lora-targets", [*TARGETS], "layers that LoRA adapts", nargs="+", choices=[*TARGETS])
-    switch("no-lin", "the authors' name for --lora-targets conv2d embedding")
+    switch("no-lin", "--lora-targets conv2d embedding")
     flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
     flag("kd-weight", 1.0, "lambda", FROM_0)
-    switch("no-text", "ablation: same layers, LoRA and steps, no distillation")
-    flag("drop-words", 0.0, "share of the words of each report dropped, anew each epoch", BELOW_1)
+    switch("no-text", "ablation: all but the distillation")
+    flag("drop-words", 0.0, "share of each report's words, anew each epoch", BELOW_1)
     switch("authors", "the authors' code as far as it can be had: --lora-text 1 --ep 1 --monitor "
-           "last, double softmax, random fusion, fp32; PCAM's augmentation and statistics")
+           "last, double softmax, random fusion")
     flag("val-int", 1.0, "epochs between validations", POSITIVE)
-    flag("monitor", "val_bacc", "what chooses the state that is tested; last: the last one",
+    flag("monitor", "val_bacc", "what chooses the state that is tested",
          choices=("val_loss", "val_ce", "val_acc", "val_bacc", "last"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
     flag("early", 0, "1: stop when --monitor stands still", **one)
@@ -1008,11 +880,11 @@ def build_parser() -> Parser:
     flag("delta", 0.0, "what counts as an improvement for --early", FROM_0)
     flag("chkpnt", 0, "1: keep the trained state of every validation", **one)
     flag("log", 1, "validations for each printed line", COUNT)
-    flag("baseline", [], "lora: LoRA and a plain head in place of CLIP-IT; the others: rows of the "
-         "CLIP image tower", nargs="+", choices=("lora", "zeroshot", "clip-probe"))
+    flag("baseline", None, "lora: LoRA and a plain head in place of CLIP-IT; clip-probe: a row for "
+         "a head on CLIP's image features", choices=("lora", "clip-probe"))
     flag("wandb", 0, "1: log to Weights & Biases too", **one)
-    flag("table", None, "print the finished runs below this folder, write its table.csv, and end")
-    flag("against", "no-text", "the runs that --table compares with, by their flags")
+    flag("table", None, "print the finished runs below this folder and write its table.csv")
+    flag("against", "no-text", "what --table compares with, by flags")
     switch("grad-checkpointing", "less memory for more time in training")
     return parser
 
@@ -1034,8 +906,6 @@ def complete(args, parser: Parser) -> argparse.Namespace:
     """What follows from the flags: device, the run's name, its row in the table."""
     if args.reports is None:
         raise ValueError(f"--ds {args.ds} needs --reports; {', '.join(DATASETS)} have their own")
-    if WORLD > 1 and args.download:
-        raise ValueError("--download is for one process; fetch the data without torchrun first")
     if args.ds in DATASETS and Path(args.ds).is_dir():
         print(f"--ds {args.ds} is the data set of that name, not the folder; that is ./{args.ds}")
     if args.wandb:
@@ -1051,13 +921,11 @@ def complete(args, parser: Parser) -> argparse.Namespace:
     if args.no_lin:
         args.lora_targets = ["conv2d", "embedding"]
     args.mod = args.mod or ("max" if args.monitor.endswith("acc") else "min")
-    args.no_text = args.no_text or "lora" in args.baseline
     args.variant = "CLIP-IT without text" if args.no_text else "CLIP-IT"
-    if "lora" in args.baseline:
-        args.variant = "LoRA with a plain head"
+    if args.baseline == "lora":
+        args.no_text, args.variant = True, "LoRA with a plain head"
     cuda = torch.cuda.is_available()
     args.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    args.bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0) and not args.authors
     return args
 
 
@@ -1096,9 +964,7 @@ def cli() -> None:
         if WORLD > 1:
             dist.destroy_process_group()
         return
-    except KeyboardInterrupt:
-        code, message = 130, f"stopped; {again}"
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, ImportError, FloatingPointError) as error:
         message = str(error)
         if RANK and not SIGNALS:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

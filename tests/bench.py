@@ -41,7 +41,7 @@ KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_="
 
 
 # Builders of what is measured: each gets the device and returns the function that is timed
-def plain(device, train=False, vit=VIT, batch=16, amp=False, classifier=False):
+def plain(device, train=False, vit=VIT, batch=16, classifier=False):
     """Forward, with `train` backward too, of timm's ViT, or of a Classifier around it."""
     model = timm.create_model(vit, num_classes=0)
     if classifier:
@@ -51,7 +51,7 @@ def plain(device, train=False, vit=VIT, batch=16, amp=False, classifier=False):
     model, x = model.to(device).train(train), torch.randn(batch, 3, 224, 224, device=device)
 
     def step():
-        with torch.set_grad_enabled(train), torch.autocast(x.device.type, torch.bfloat16, amp):
+        with torch.set_grad_enabled(train):
             result = model(x)
         if train:
             result.sum().backward()
@@ -75,7 +75,7 @@ def adapt(model, kind):
             layer.add_branch = partial(summed_branch, layer)
 
 
-def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
+def training(device, distinct=0, kind="ours", vit=VIT, batch=16):
     """train.py's step. distinct: reports in the batch; 0: their features are looked up."""
     backbone, tower, tokens = load_backbone(vit, "none"), None, None
     adapt(backbone, kind)
@@ -87,7 +87,7 @@ def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
     images = torch.randn(batch, 3, 224, 224, device=device)
     text_emb, tile = torch.randn(batch, DIM, device=device), torch.arange(batch, device=device)
     labels, report = tile % 9, tile % (distinct or batch)
-    args = argparse.Namespace(device=images.device, bf16=amp, no_text=False, authors=False)
+    args = argparse.Namespace(no_text=False, authors=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=1e-4, fused=True)
 
@@ -104,7 +104,7 @@ def training(device, distinct=0, kind="ours", vit=VIT, batch=16, amp=False):
 
 
 def head_on_features(device):
-    features = {"train": torch.randn(20_000, 384), "val": torch.randn(2000, 384)}
+    features = {split: torch.randn(n, 384) for split, n in (("train", 20_000), ("val", 2000), ("test", 9))}
     labels = {split: torch.arange(len(x)) % 9 for split, x in features.items()}
     return lambda: train_head("head", nn.Linear(384, 9), features, labels, 0, 500, patience=500)
 
@@ -147,7 +147,7 @@ TABLES = {
     "slopes, embed_images": {f"{n} tiles": partial(reading, tiles=n) for n in (64, 128, 256, 512)},
     "slopes, training": {f"{n} tiles": partial(reading, tiles=n, train=True)
                          for n in (16, 32, 64, 128)},
-    "gpu": {f"{vit}, {step.__name__}": partial(step, vit=vit, batch=128, amp=True)
+    "gpu": {f"{vit}, {step.__name__}": partial(step, vit=vit, batch=128)
             for vit in (VIT, "vit_base_patch16_224", "vit_large_patch16_224")
             for step in (training, plain)}}
 for n in (20_000, 300_000):

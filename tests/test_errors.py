@@ -136,23 +136,24 @@ def test_what_changed_since_the_first_start_is_named_and_the_run_left_as_it_is(
     assert mine.read_text() == "mine"  # what a run writes is removed, and no more
 
 
-def test_damaged_files_are_named_with_what_to_do_or_made_anew(argv, said):
+def test_damaged_files_are_named_with_what_to_do_or_made_anew(argv, said, capsys):
     argv += ["--val-int", 0.5]
     train.main(argv)
     run, whole = folder_of(argv), bytes_of(argv)
-    for name in ("args.json", "metrics.json", "last.pt"):
+    for name in ("args.json", "metrics.json"):
         content = (run / name).read_bytes()
-        if name == "last.pt":  # a finished run does not read it
-            (run / "metrics.json").unlink()
         for damaged in (b"", content[:len(content) // 2], bytes(len(content))):
             (run / name).write_bytes(damaged)
             words = said(argv)
             assert f"{run / name}" in words and "remove it" in words
             assert len(words.splitlines()) <= 2
         (run / name).write_bytes(content)
-    (run / "log.jsonl").write_bytes(bytes(100))
+    (run / "metrics.json").unlink()
+    for name in ("last.pt", "log.jsonl"):
+        (run / name).write_bytes(bytes(100))
     next((run.parents[1] / "cache").iterdir()).write_bytes(b"")
     train.main(argv)
+    assert f"{run / 'last.pt'}: damaged" in capsys.readouterr().out
     assert bytes_of(argv) == whole and b"\0" not in (run / "log.jsonl").read_bytes()
     assert [line["step"] for line in log_of(argv)] == [2, 4, 6]
 
