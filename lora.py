@@ -11,32 +11,36 @@ Hu et al. 2021, arXiv 2106.09685, eq. 3. A or B starts at zero: injection change
 `forward` runs the branch, base(x) + s * B(A(x)): cheaper than the sum W + s*B*A, where bf16 would
 round a small s*B*A away. `weight` is the sum, for code that reads it and never calls the layer
 (nn.MultiheadAttention's out_proj, nn.TransformerEncoderLayer in eval): given W, an adapter there
-does nothing, without an error, as in the authors' runs. Bare Parameters (in_proj_weight) stay.
+silently does nothing, as in the authors' runs. Bare Parameters (in_proj_weight) stay.
 """
 import copy
 import math
-import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class _LoRA(nn.Module):
-    """What the layers share. Each is a subclass of what it adapts, for code (open_clip's SigLIP)
-    that asks isinstance(layer, nn.Linear); what makes up that class is in `base`."""
+    """What the layers share. Each subclasses what it adapts, for code (open_clip's SigLIP) that
+    asks isinstance(layer, nn.Linear)."""
 
     def __init__(self, base: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: float = 0.0):
         _check(base, type(self), rank, alpha, dropout)
         nn.Module.__init__(self)  # nn.Linear's would make a second weight
         self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scale = alpha / rank  # s; with //, alpha 4 and rank 16 would switch it off
+        self.rank, self.dropout, self.scale = rank, dropout, alpha / rank
         with torch.device(base.weight.device):
             a, b = self.start()
-        # fp32 under any base: an optimizer's step on a bf16 A or B is often below its rounding
+        # fp32 under any base: a step on a bf16 A or B is often below its rounding
         self.lora_A, self.lora_B = nn.Parameter(a.float()), nn.Parameter(b.float())
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        out, *kernel = self.base.weight.shape  # (in,) or (in / groups, kh, kw)
+        a = torch.empty(getattr(self.base, "groups", 1) * self.rank, *kernel)
+        b = torch.zeros(out, self.rank, *[1] * (len(kernel) - 1))
+        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
 
     @property
     def weight(self) -> Tensor:
@@ -52,49 +56,35 @@ class _LoRA(nn.Module):
         return self.add_branch(x)
 
     def __getattr__(self, name: str):
-        """What is missing here is the base's: `bias`, `in_features`, `stride` ..."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "weight":  # its sum failed: never hand out the frozen W
+            if name in ("base", "weight"):  # a failed sum never gives the frozen W
                 raise
-            return getattr(super().__getattr__("base"), name)
+            return getattr(self.base, name)  # bias, in_features, stride ...
 
 
 class LoRALinear(_LoRA, nn.Linear):
-    """x (..., in) -> (..., out). A (rank, in) starts kaiming uniform, B (out, rank) at zero."""
-
+    """x (..., in) -> (..., out). A (rank, in), B (out, rank)."""
     adapts = nn.Linear
-
-    def start(self) -> tuple[Tensor, Tensor]:
-        a = torch.empty(self.rank, self.base.in_features)
-        b = torch.zeros(self.base.out_features, self.rank)
-        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
 
     def delta(self) -> Tensor:
         return self.lora_B @ (self.scale * self.lora_A)  # (out, in)
 
     def add_branch(self, x: Tensor) -> Tensor:
-        # Added in place by the product: no second tensor of y's size is made or kept
+        # Added in place by the product: no second tensor of y's size
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
         rows = F.dropout(rows, self.dropout, self.training)
         down = F.linear(rows, (self.scale * self.lora_A).to(x.dtype))  # (N, rank); s is cheap on A
-        y = y.addmm_(down.to(y.dtype), self.lora_B.T.to(y.dtype))
+        y.addmm_(down.to(y.dtype), self.lora_B.T.to(y.dtype))
         return y.view(*x.shape[:-1], y.shape[1])
 
 
 class LoRAConv2d(_LoRA, nn.Conv2d):
-    """x (N, in, H, W) -> (N, out, H', W'). A (groups * rank, in / groups, kh, kw), in the geometry
-    of the base, starts kaiming uniform; B (out, rank, 1, 1), 1x1 in the same groups, at zero."""
-
+    """x (N, in, H, W) -> (N, out, H', W'). A (groups * rank, in / groups, kh, kw) has the base's
+    geometry, B (out, rank, 1, 1) its groups."""
     adapts = nn.Conv2d
-
-    def start(self) -> tuple[Tensor, Tensor]:
-        out_channels, *kernel = self.base.weight.shape  # kernel: in / groups, kh, kw
-        a = torch.empty(self.base.groups * self.rank, *kernel)
-        b = torch.zeros(out_channels, self.rank, 1, 1)
-        return nn.init.kaiming_uniform_(a, math.sqrt(5)), b
 
     def delta(self) -> Tensor:
         groups = self.base.groups
@@ -105,7 +95,7 @@ class LoRAConv2d(_LoRA, nn.Conv2d):
     def add_branch(self, x: Tensor) -> Tensor:
         y = self.base(x)
         x = F.dropout(x, self.dropout, self.training)
-        # by nn.Conv2d's helper: stride, padding, padding_mode, dilation and groups are the base's
+        # nn.Conv2d's helper has the base's stride, padding, padding_mode, dilation and groups
         down = self.base._conv_forward(x, (self.scale * self.lora_A).to(x.dtype), None)
         up = F.conv2d(down, self.lora_B.to(x.dtype), groups=self.base.groups)  # (N, out, H', W')
         return y + up.to(y.dtype)
@@ -114,7 +104,6 @@ class LoRAConv2d(_LoRA, nn.Conv2d):
 class LoRAEmbedding(_LoRA, nn.Embedding):
     """ids (...) -> (..., dim). A (rank, V) starts at zero, B (dim, rank) at N(0, 1). The row of
     `padding_idx` stays that of W. Dropout drops a token's whole branch: an id has no parts."""
-
     adapts = nn.Embedding
 
     def start(self) -> tuple[Tensor, Tensor]:
@@ -140,49 +129,36 @@ TARGETS = {"linear": LoRALinear, "conv2d": LoRAConv2d, "embedding": LoRAEmbeddin
 
 
 def inject_lora(model: nn.Module, rank: int = 16, alpha: float = 8.0, dropout: float = 0.0,
-                targets: Iterable[str] = tuple(TARGETS), skip: Iterable[str] = ()) -> list[str]:
+                targets: Collection[str] = (*TARGETS,), skip: Collection[str] = ()) -> list[str]:
     """Freeze `model`, put an adapter on each targeted layer and return their names.
 
-    skip: modules left alone with all they contain. A layer of several names gets one adapter.
-    ValueError, the model unchanged, for what cannot be right.
+    skip: modules left alone with all they contain, as both ends of a tied weight. A layer of
+    several names gets one adapter. ValueError, the model unchanged, for what cannot be right.
     """
-    targets = tuple(targets)
     if unknown := {*targets} - {*TARGETS}:
         raise ValueError(f"unknown target {unknown}; choose from {', '.join(TARGETS)}")
     skipped = {part for name in skip for part in model.get_submodule(name).modules()}
-
-    names, kinds = {}, {}  # layer -> its name, the class of its adapter
+    found = {}  # layer -> its name, its adapter's class
     for name, module in model.named_modules():
         if isinstance(module, _LoRA):
             raise ValueError(f"LoRA is in the model already, at {name!r}; inject once")
-        for target in targets:
-            kind = TARGETS[target]
+        for kind in map(TARGETS.get, targets):
             if isinstance(module, kind.adapts) and module not in skipped:
                 _check(module, kind, rank, alpha, dropout, name)
-                names[module], kinds[module] = name, kind
-    if not names or model in names:
+                found[module] = name, kind
+    if not found or model in found:
         raise ValueError(f"no layer to adapt inside {type(model).__name__} by {targets=}; "
                          "a lone layer: model = LoRALinear(model, rank, alpha)")
-    for module, name in names.items():
-        for other, owner in model.named_modules():  # a head tied to an embedding
-            if owner is not module and owner._parameters.get("weight") is module.weight:
-                warnings.warn(f"{name} shares its weight with {other} but not its adapter; "
-                              "skip both to keep the tie", stacklevel=2)
-
     model.requires_grad_(False)
-    _replace(model, {module: kinds[module](module, rank, alpha, dropout) for module in names})
-    return list(names.values())
+    _replace(model, {x: kind(x, rank, alpha, dropout) for x, (_, kind) in found.items()})
+    return [name for name, _ in found.values()]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Copies of each adapter's lora_A, lora_B and scale (which tells a wrong alpha)."""
-    state = {}
-    for name, module in model.named_modules():  # an adapter with several names is listed once
-        if isinstance(module, _LoRA):
-            for key in ("lora_A", "lora_B", "scale"):
-                tensor = torch.as_tensor(getattr(module, key))
-                state[f"{name}.{key}".lstrip(".")] = tensor.detach().clone()
-    return state
+    return {f"{name}.{key}".lstrip("."): torch.as_tensor(getattr(layer, key)).detach().clone()
+            for name, layer in model.named_modules() if isinstance(layer, _LoRA)
+            for key in ("lora_A", "lora_B", "scale")}
 
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -197,35 +173,30 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """A copy with s*B*A added to each adapted weight: the original classes and state-dict keys.
-    There is no way back: subtracting s*B*A does not restore W exactly."""
+    """A copy with s*B*A added to each adapted weight: the original classes and state-dict keys."""
     merged = copy.deepcopy(model)
-    plain = {}  # adapter -> its base layer, with the sum for a weight
-    for adapter in merged.modules():
-        if isinstance(adapter, _LoRA):
-            plain[adapter] = base = adapter.base
-            # A new Parameter, not a sum in place: a module that shares the old one keeps it
-            base.weight = nn.Parameter(adapter.weight.detach(), base.weight.requires_grad)
+    plain = {layer: layer.base for layer in merged.modules() if isinstance(layer, _LoRA)}
+    for layer, base in plain.items():
+        # A new Parameter, not a sum in place: a module that shares the old one keeps it
+        base.weight = nn.Parameter(layer.weight.detach(), base.weight.requires_grad)
     _replace(merged, plain)
     return plain.get(merged, merged)  # the model may be one adapter
 
 
-def _check(base: nn.Module, kind: type, rank, alpha, dropout, name: str = "base") -> None:
+def _check(base: nn.Module, kind: type, rank, alpha, dropout, name: str = "base"):
     if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise ValueError(f"{rank=}, {alpha=}, {dropout=}; expected integer >= 1, > 0, [0, 1)")
-    reason = None
+    settings = "max_norm", "scale_grad_by_freq", "sparse"
+    reasons = [f"{x}, which is blind to s*B*A" for x in settings if getattr(base, x, None)]
     if base._parameters.get("weight") is None:
-        reason = "a computed weight, nothing to merge into"
-    elif dropout and type(base).forward is not kind.adapts.forward:
-        reason = "its own forward, no place for dropout"
-    for setting in ("max_norm", "scale_grad_by_freq", "sparse"):  # an Embedding's
-        if getattr(base, setting, None):
-            reason = f"{setting}, which is blind to s*B*A"
-    if reason:
-        raise ValueError(f"{name} ({type(base).__name__}) has {reason}; skip it")
+        reasons.append("a computed weight, nothing to merge into")
+    if dropout and type(base).forward is not kind.adapts.forward:
+        reasons.append("its own forward, no place for dropout")
+    if reasons:
+        raise ValueError(f"{name} ({type(base).__name__}) has {reasons[0]}; skip it")
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def _replace(model: nn.Module, new: dict):
     """Put new[child] in the place of each child in `new`, under all of its names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():

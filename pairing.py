@@ -1,18 +1,17 @@
 """Pair tiles with reports they never came with: each gets the report of highest cosine by CLIP.
 
     from pairing import load_clip, embed_images, embed_texts, nearest_text
-    clip = load_clip("conch")  # or "quilt", any open_clip id, "local-dir:folder"
+    clip = load_clip("conch")  # or "quilt", any open_clip id
     index, similarity = nearest_text(embed_images(clip, tiles), embed_texts(clip, reports))
 
-Travels alone. psi of the paper: with v_i the CLIP feature of tile i and t_j that of report j,
-psi(i) = argmax_j cos(v_i, t_j). It sees no labels; one report may serve many tiles.
-
-CONCH: Lu et al. 2024, "A visual-language foundation model for computational pathology", Nature
-Medicine. QuiltNet: Ikezogwo et al. 2023, arXiv 2306.11207.
+Travels alone. psi(i) = argmax_j cos(v_i, t_j) in the paper, with v_i the CLIP feature of tile i and
+t_j that of report j. It sees no labels; one report may serve many tiles.
+CONCH: Lu et al. 2024, Nature Medicine 30, 863-874. QuiltNet: arXiv 2306.11207.
 """
 import hashlib
 import json
 import logging
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
@@ -27,27 +26,23 @@ from tqdm import tqdm
 
 @torch.no_grad()
 def nearest_text(image_emb: Tensor, text_emb: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """psi: the report of highest cosine for every tile, (index LongTensor (N,), similarity (N,)).
+    """psi: index (N,) and cosine (N,) of the report of highest cosine for every tile.
 
-    image_emb (N, dim), text_emb (M, dim), of length 1; the first of equal cosines wins. ValueError
-    for features that do not fit together or are not finite, and for no reports.
+    image_emb (N, dim), text_emb (M, dim), of length 1; the first of equals wins. ValueError: shapes
+    that do not fit, no reports, features that are not finite.
     """
     if image_emb.shape[1:] != text_emb.shape[1:] or text_emb.ndim != 2 or len(text_emb) == 0:
-        raise ValueError(f"nearest_text: expected (N, dim) and (M > 0, dim), got "
-                         f"{tuple(image_emb.shape)} and {tuple(text_emb.shape)}")
-    n, text_emb, device = len(image_emb), text_emb.float(), text_emb.device
+        raise ValueError("nearest_text: expected (N, dim) and (M > 0, dim), got "
+                         f"{image_emb.shape} and {text_emb.shape}")
+    text_emb, best = text_emb.float(), []
     # Written over for each chunk: there is no N x M matrix, and memory stays flat
-    cosine = torch.empty(min(chunk, n), len(text_emb), device=device)  # (chunk, M)
-    index = torch.empty(n, dtype=torch.long, device=device)  # (N,)
-    similarity = torch.empty(n, device=device)  # (N,)
-    for start in range(0, n, chunk):
-        rows = slice(start, start + chunk)
-        images = image_emb[rows].float().to(device)
-        block = cosine[:len(images)]
-        torch.mm(images, text_emb.T, out=block)
-        torch.max(block, dim=1, out=(similarity[rows], index[rows]))
+    cosine = text_emb.new_empty(min(chunk, len(image_emb)), len(text_emb))  # (chunk, M)
+    for images in image_emb.split(chunk):
+        block = torch.mm(images.to(text_emb), text_emb.T, out=cosine[:len(images)])
+        best.append(block.max(dim=1))
+    similarity, index = (torch.cat(parts) for parts in zip(*best))  # (N,), (N,)
     if not similarity.isfinite().all():
-        raise ValueError("nearest_text: the features hold NaN or infinity")
+        raise ValueError("nearest_text: features hold NaN or infinity")
     return index.cpu(), similarity.cpu()
 
 
@@ -71,235 +66,187 @@ class Clip:
 
 @torch.no_grad()
 def embed_images(clip: Clip, dataset, batch_size: int = 64, workers: int = 0) -> Tensor:
-    """(N, dim) fp32 features of length 1, in order, on the CPU. An item of `dataset` is an image
-    from clip.preprocess or a tuple that begins with one; labels are not read."""
-    features = []
+    """(N, dim) fp32 features of length 1, in order, on the CPU. dataset: images of
+    clip.preprocess, or tuples that begin with one (labels are not read)."""
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
-    for images in tqdm(loader, "embed tiles", leave=False, disable=None):
-        if not isinstance(images, Tensor):
-            images = images[0]  # (B, 3, H, W)
-        features.append(clip.encode_image(images.to(clip.device)).cpu())
-    return torch.cat(features)
+    batches = tqdm(loader, "embed tiles", leave=False, disable=None)
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    return torch.cat([clip.encode_image(x.to(clip.device)).cpu() for x in images])
 
 
 @torch.no_grad()
 def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
     """(M, dim) fp32 features of length 1, in order, on the CPU."""
-    features = []
-    for start in tqdm(range(0, len(texts), batch_size), "embed reports", leave=False, disable=None):
-        tokens = clip.tokenize(texts[start:start + batch_size])  # (B, L)
-        features.append(clip.encode_text(tokens.to(clip.device)).cpu())
-    return torch.cat(features)
+    starts = tqdm(range(0, len(texts), batch_size), "embed reports", leave=False, disable=None)
+    tokens = (clip.tokenize(texts[i:i + batch_size]) for i in starts)
+    return torch.cat([clip.encode_text(x.to(clip.device)).cpu() for x in tokens])
 
 
 # ---- Models by name -----------------------------------------------------------------------------
 
-CLIPS = {  # short name: hub id, open_clip's name of the architecture
-    "conch": None,  # not one of open_clip's: load_conch
+CLIPS = {  # hub id, open_clip's name of the architecture
+    "conch": None,  # by load_conch
     "quilt": ("hf-hub:wisdomik/QuiltNet-B-32", "ViT-B-32"),
     "quilt16": ("hf-hub:wisdomik/QuiltNet-B-16", "ViT-B-16"),
 }
 
 
 def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
-    """A CLIP model, frozen, in eval mode. Raises ValueError where it cannot be had.
+    """A CLIP model, frozen, in eval mode. ValueError where it cannot be had.
 
     name: a key of CLIPS, "hf-hub:org/model", "local-dir:folder" or "ViT-B-32/openai"; weights: a
     local checkpoint or "none" (random); tokenizer: CONCH's tokenizer file.
     """
-    logging.disable(logging.WARNING)  # open_clip's "initialized randomly": so it was asked for
+    logging.disable(logging.WARNING)  # open_clip's "initialized randomly"
     try:
-        if name == "conch":
-            model, preprocess, tokenize = load_conch(weights, tokenizer)
-        else:
-            model, preprocess, tokenize = load_open_clip(name, weights)
-    except Exception as error:  # open_clip and the hub raise of all kinds
+        parts = load_conch(weights, tokenizer) if name == "conch" else load_open_clip(name, weights)
+    except Exception as error:  # of all kinds
         flags = f"--clip-model {name}" + (f" --clip-weights {weights}" if weights else "")
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{flags}: could not be loaded ({type(error).__name__}: {reason})\n"
-            f"choose {', '.join(CLIPS)}, hf-hub:org/model, local-dir:folder or ViT-B-32/openai, or "
-            "give --clip-weights FILE; conch: ask at https://huggingface.co/MahmoodLab/CONCH, then "
-            "`hf auth login`") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{flags}: could not be loaded ({reason:.300})\n"
+                         f"choose {', '.join(CLIPS)} or an open_clip id, or --clip-weights FILE; "
+                         "conch: ask at huggingface.co/MahmoodLab/CONCH, `hf auth login`") from None
     finally:
         logging.disable(logging.NOTSET)
+    model, preprocess, tokenize = parts
     model.eval().requires_grad_(False).to(device)
     model.text.output_tokens = model.visual.output_tokens = False  # CoCa: the pooled feature alone
     return Clip(name, model.text.output_dim, model.visual, model.text, preprocess, tokenize,
                 torch.device(device))
 
 
-def load_open_clip(name: str, weights=None):
-    """(model, preprocess, tokenize) of an open_clip model."""
+def load_open_clip(name: str, weights):
     import open_clip
     from huggingface_hub import hf_hub_download
-    from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    source, architecture = CLIPS.get(name, (name, name))
-    if weights:  # then quilt needs nothing from the hub
-        source = architecture
+    # With weights quilt needs no hub
+    source = CLIPS.get(name, (name, name))[bool(weights)]
     kind, _, place = source.partition(":")
-    tag, tokenizer = "", None
-    if kind == "hf-hub":  # its folder in the hub's cache is a local-dir
+    config, tag, tokenizer = Path(place, "open_clip_config.json"), "", None
+    if kind == "hf-hub":
         repo, _, revision = place.partition("@")
-        config = Path(hf_hub_download(repo, "open_clip_config.json", revision=revision or None))
-        if "hf_tokenizer_name" in harmless_config(config)["text_cfg"]:
-            tokenizer = source  # that one lies elsewhere
-        if not weights:
-            open_clip.pretrained.download_pretrained_from_hf(repo, revision=revision or None)
-        source = f"local-dir:{config.parent}"
-    elif kind == "local-dir":
-        harmless_config(Path(place, "open_clip_config.json"))
+        config = Path(hf_hub_download(repo, config.name, revision=revision or None))
+    if place:
+        model_cfg = json.loads(config.read_bytes())["model_cfg"]
+        if bad := re.search('trust_remote_code|"timm_model_name": "[^"]*:', json.dumps(model_cfg)):
+            raise ValueError(f"{config} has {bad[0]}: no code, no address is taken from files")
+        if "hf_tokenizer_name" in model_cfg["text_cfg"]:
+            tokenizer = source  # a hub's lies elsewhere
+        source = f"local-dir:{config.parent}"  # a hub's is in its cache
     else:
         source, _, tag = source.partition("/")
+    if kind == "hf-hub" and not weights:
+        open_clip.pretrained.download_pretrained_from_hf(repo, revision=revision or None)
     known = open_clip.get_pretrained_cfg(source, tag)  # of the tag: activation, mean, std ...
-    # force_custom_text keeps the text tower a module of its own, as LoRA and training need it
+    # force_custom_text: the text tower stays a module of its own
     model = open_clip.create_model(
         source, None if weights else tag, load_weights=not weights, require_pretrained=not weights,
         force_custom_text=True, pretrained_text=False, force_preprocess_cfg=known,
         force_quick_gelu=known.get("quick_gelu", False))
     if weights not in (None, "none"):
         open_clip.load_checkpoint(model, weights)
-    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    cfg = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+    preprocess = open_clip.transform.image_transform_v2(cfg, is_train=False)
     return model, preprocess, open_clip.get_tokenizer(tokenizer or source)
 
 
-def harmless_config(path: Path) -> dict:
-    """The model_cfg of a file. ValueError where it runs code from files or sends timm elsewhere."""
-    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    if "trust_remote_code" in json.dumps(config):  # in tokenizer_kwargs, or deeper
-        raise ValueError(f"{path} sets trust_remote_code: no code is run from files")
-    if ":" in str(config["vision_cfg"].get("timm_model_name")):
-        raise ValueError(f"{path}: timm_model_name is not the plain name of an architecture")
-    return config
-
-
 # ---- CONCH --------------------------------------------------------------------------------------
-# Its package needs transformers 4 and a pinned timm. These towers, under the checkpoint's names,
-# and this tokenizer equal the package's (tests/test_conch.py).
+# Equal to its package (tests/test_conch.py), which needs transformers 4 and a pinned timm.
 
-def load_conch(weights=None, tokenizer=None):
-    """(model, preprocess, tokenize) of CONCH."""
+def load_conch(weights, tokenizer):
     from huggingface_hub import hf_hub_download
     from open_clip import image_transform
     from timm.models import load_state_dict
 
     weights = weights or hf_hub_download("MahmoodLab/CONCH", "pytorch_model.bin")
+    tokenize = ConchTokenizer(tokenizer)
     model = build_conch()
     if weights != "none":
-        state = load_state_dict(str(weights), weights_only=True)  # unwraps it, strips "module."
+        state = load_state_dict(weights, weights_only=True)  # unwraps it, strips "module."
         unused = "text_decoder.", "visual.attn_pool_caption.", "visual.ln_caption.", "logit_scale"
         model.load_state_dict({key: x for key, x in state.items() if not key.startswith(unused)})
-    return model, image_transform(448, is_train=False), ConchTokenizer(tokenizer)
+    return model, image_transform(448, is_train=False), tokenize
 
 
 def build_conch(width: int = 768, layers: int = 12) -> nn.Module:
     """CONCH's two towers with random weights: module.visual, module.text."""
-    from open_clip.transformer import TextTransformer
+    from open_clip.transformer import AttentionalPooler, TextTransformer
+    from timm.models.vision_transformer import VisionTransformer
 
-    class ConchText(TextTransformer):
-        def forward(self, tokens: Tensor) -> Tensor:  # (B, 128) -> (B, 512), not normalised
-            # The last column keeps the place of the class embedding (cls), which open_clip appends.
-            # Its mask of the keys is off by one: key j is seen where token j - 1 is no pad, so the
-            # cls sees the first pad and not itself. The weights were trained with this.
-            return super().forward(tokens[:, :-1])
-
-    model = nn.Module()
-    model.visual = ConchVision(width, layers)
-    model.text = ConchText(127, 32007, width, width // 64, layers, output_dim=512, embed_cls=True)
-    return model
+    heads, visual = width // 64, ConchVision()
+    visual.trunk = VisionTransformer(448, embed_dim=width, depth=layers, num_heads=heads,
+                                     num_classes=0, dynamic_img_size=True)
+    visual.attn_pool_contrast = AttentionalPooler(512, width, n_queries=1)
+    visual.ln_contrast = nn.LayerNorm(512)
+    visual.proj_contrast = nn.Parameter(torch.randn(512, 512) / 512 ** 0.5)
+    text = TextTransformer(127, 32007, width, heads, layers, output_dim=512, embed_cls=True)
+    # The last of 128 columns keeps the place of the class embedding (cls) that open_clip appends.
+    # Its mask is off by one: key j is seen where token j - 1 is no pad, so the cls sees the first
+    # pad and not itself. The weights were trained so.
+    text.register_forward_pre_hook(lambda module, args: args[0][:, :-1])
+    return nn.ModuleDict({"visual": visual, "text": text})
 
 
 class ConchVision(nn.Module):
-    """Images (B, 3, H, W) -> (B, 512), not normalised: a ViT whose tokens one query pools."""
-
-    def __init__(self, width: int, layers: int):
-        from open_clip.transformer import AttentionalPooler
-        from timm.models.vision_transformer import VisionTransformer
-        super().__init__()
-        self.trunk = VisionTransformer(448, embed_dim=width, depth=layers, num_heads=width // 64,
-                                       num_classes=0, dynamic_img_size=True)
-        self.attn_pool_contrast = AttentionalPooler(512, width, n_queries=1)
-        self.ln_contrast = nn.LayerNorm(512)
-        self.proj_contrast = nn.Parameter(torch.randn(512, 512) / 512 ** 0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 512), not normalised
         tokens = self.trunk.forward_features(images)  # (B, 1 + patches, width)
         return self.ln_contrast(self.attn_pool_contrast(tokens)[:, 0]) @ self.proj_contrast
 
 
 class ConchTokenizer:
-    """list[str] -> LongTensor (B, 128): up to 127 tokens, then zeros. path: CONCH's file of
-    byte-level BPE, by default the published one; read with the first text."""
+    """list[str] -> LongTensor (B, 128): up to 127 tokens, then zeros. Byte-level BPE; path: its
+    vocabulary and merges, by default the published file."""
 
     def __init__(self, path=None):
-        self.path, self.vocab = path, {}
+        import regex
+        from open_clip.tokenizer import bytes_to_unicode
+        file = json.loads(Path(path or conch_tokenizer_file()).read_bytes())
+        self.vocab = file["model"]["vocab"]
+        self.rank = {tuple(pair.split(" ")): i for i, pair in enumerate(file["model"]["merges"])}
+        self.special = regex.compile(  # any one of them
+            r"(\L<names>)", names=[token["content"] for token in file["added_tokens"]])
+        self.words = regex.compile(  # GPT-2's
+            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+        self.symbols = bytes_to_unicode()  # byte -> printable character
 
     def __call__(self, texts: list[str]) -> Tensor:
-        if not self.vocab:
-            self.read()
         rows = torch.zeros(len(texts), 128, dtype=torch.long)
         for row, text in zip(rows, texts):
-            ids = [1, *self.encode(text)[:125], 2]  # between <start_of_text> and <end_of_text>
+            ids = [1]  # <start_of_text>
+            for i, segment in enumerate(self.special.split(text)):  # texts and tokens by turns
+                ids += [self.vocab[segment]] if i % 2 else self.encode(segment)
+            ids = ids[:126] + [2]  # <end_of_text>
             row[:len(ids)] = torch.tensor(ids)
         return rows
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for segment in self.segments.split(text):
-            if segment in self.special:
-                ids.append(self.vocab[segment])
-                continue
-            # lower case, character by character, and no accents: NFD without marks
-            segment = "".join(letter.lower() for letter in unicodedata.normalize("NFD", segment)
-                              if not unicodedata.category(letter).startswith("M"))
-            if segment and not segment.startswith(" "):
-                segment = " " + segment
-            for word in self.words.findall(segment):
-                ids += self.merge(word)
-        return ids
+        # No accents (NFD without marks); lower case, character by character
+        text = "".join(letter.lower() for letter in unicodedata.normalize("NFD", text)
+                       if unicodedata.category(letter)[0] != "M")
+        text = text if text[:1] in ("", " ") else " " + text
+        return [id for word in self.words.findall(text) for id in self.merge(word)]
 
     @cache
     def merge(self, word: str) -> list[int]:
         """Byte-pair encoding: the neighbours of lowest rank are joined until no pair is known."""
         symbols = [self.symbols[byte] for byte in word.encode()]
-        while len(symbols) > 1:
-            ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(symbols, symbols[1:])]
-            if min(ranks) == len(self.rank):
-                break
-            i = ranks.index(min(ranks))
+        while known := [(self.rank[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:]))
+                        if pair in self.rank]:
+            _, i = min(known)
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
         return [self.vocab[symbol] for symbol in symbols]
 
-    def read(self) -> None:
-        import regex
-        from open_clip.tokenizer import bytes_to_unicode
-        file = json.loads(Path(self.path or conch_tokenizer_file()).read_text(encoding="utf-8"))
-        self.vocab, merges = file["model"]["vocab"], file["model"]["merges"]
-        self.rank = {tuple(pair.split(" ")): i for i, pair in enumerate(merges)}
-        self.special = [token["content"] for token in file["added_tokens"]]
-        self.segments = regex.compile("(" + "|".join(map(regex.escape, self.special)) + ")")
-        self.words = regex.compile(  # GPT-2's
-            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-        self.symbols = bytes_to_unicode()  # byte -> printable character, GPT-2's too
 
-
-CONCH_TOKENIZER = (  # of a branch, pinned by its sha256
-    "https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conch/open_clip_custom/tokenizers/"
-    "conch_byte_level_bpe_uncased.json",
-    "a3861e67c64d32670eb6725a8e52d7dbdd2a06646a4a3c7463052ae7110760fb")
-
-
-def conch_tokenizer_file() -> Path:
+def conch_tokenizer_file(
+        url="https://raw.githubusercontent.com/mahmoodlab/CONCH/main/conch/open_clip_custom/"
+            "tokenizers/conch_byte_level_bpe_uncased.json",
+        sha256="a3861e67c64d32670eb6725a8e52d7dbdd2a06646a4a3c7463052ae7110760fb") -> Path:
     """The published tokenizer file (CC BY-NC-ND 4.0), from torch.hub's cache or the network."""
-    url, sha256 = CONCH_TOKENIZER
     path = Path(torch.hub.get_dir(), Path(url).name)
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:  # no connection; another file than expected
-        raise ValueError(f"--clip-model conch: could not download its tokenizer: {error}\n"
-                         f"put {url} at {path}, or take --clip-model quilt") from None
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except (OSError, RuntimeError) as error:  # offline; another hash
+            raise ValueError(f"tokenizer: put {url} at {path}: {error}") from None
     return path
