@@ -115,7 +115,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
     trained = [p for p in model.parameters() if p.requires_grad]
     # weight decay as L2 in the gradient, as the authors have it (Adam, not AdamW)
     optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-    state, tracker = resume_training(run, model, optimizer), open_tracker(run, args)
+    state = resume_training(run, model, optimizer)
     text = epoch_text = text_of(clip, reports, text_emb, args)  # (M, d), (M, L) or None
     n = len(tiles["train"])
     epoch_steps = math.ceil(n / args.batch)
@@ -158,8 +158,6 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             weights = trained_state(model)
             update_state(state, line, weights, run, args)
             save_training(run, state, weights, optimizer, args)
-            if tracker:
-                tracker.log(line, step=step)
             if step // val_steps % args.log == 0 or step == total or state["stopped"]:
                 print(shown(line))
             sums = {}
@@ -591,20 +589,16 @@ def save_training(run: Path, state: dict, weights: dict[str, Tensor], optimizer,
     write(run / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in state["log"]))
     if args.chkpnt:
         write_torch(run / f"step_{state['step']}.pt", weights)
+    if args.wandb and RANK == 0:
+        import wandb
+        tracker = wandb.run or wandb.init(project="clip-it", name=run.name, config=vars(args))
+        tracker.log(state["log"][-1], step=state["step"])
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trained parameters: LoRA and heads."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters()
             if p.requires_grad}
-
-
-def open_tracker(run: Path, args):
-    """--wandb: its run, whose log() takes the lines of log.jsonl; otherwise None."""
-    if not args.wandb or RANK:
-        return None
-    import wandb
-    return wandb.init(project="clip-it", name=run.name, dir=run, config={"flags": args.flags})
 
 
 def progress(title: str, items, total: int):
@@ -972,9 +966,8 @@ def cli() -> None:
     except RuntimeError as error:  # no memory, a worker or another process has ended, our mistake
         if sys.flags.dev_mode:
             raise
-        ended = "this or another process has ended: " if WORLD > 1 else ""
-        message = (f"{ended}{' '.join(str(error).split())[:300]}\n{again}; python -X dev train.py "
-                   "... shows where it ended")
+        message = (f"{' '.join(str(error).split()):.300}\n{again}; python -X dev train.py ... shows "
+                   "where it ended")
     if SIGNALS:  # the shell's rule; before it, workers that ended may have raised anything
         code, message = 128 + SIGNALS[0], f"stopped; {again}"
     print(f"train.py: {message}", file=sys.stderr)
