@@ -68,8 +68,8 @@ def load_tiles(ds, split, root="data", transform=None) -> Tiles:
     to, _, count = archives[split if whole else "train"]
     part, classes = folder / to, row.get("classes") or find_classes(folder / "train")[0]
     if part.suffix == ".h5":
-        x = _open_h5(str(part), os.getpid())["x"]
-        y = _open_h5(str(folder / archives[f"{split}_y"][0]), os.getpid())["y"]
+        files = {"x": str(part), "y": str(folder / archives[f"{split}_y"][0])}
+        x, y = (_open_h5(file, os.getpid())[axis] for axis, file in files.items())
         paths, labels = [f"{part}#{i}" for i in range(len(x))], y[:].flatten().tolist()
     else:
         names, _ = find_classes(part)
@@ -174,7 +174,7 @@ def read_reports(source, root="data") -> dict[str, str]:
             reports.setdefault(text.strip(), place)
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"--reports {path}: {type(error).__name__} from {place} on: {error}; "
-                         "expected UTF-8, no zero bytes, a report a line or a column `text`") from None
+                         "expected UTF-8, no zero byte, a report a line or column `text`") from None
     reports.pop("", None)
     if len(reports) < 2:
         raise ValueError(f"--reports {path}: {len(reports)} distinct report(s), not two or more")
@@ -271,8 +271,8 @@ def dataset_folder(ds, root="data") -> Path:
 # ---- Downloads: on --download alone ----
 
 def download(ds, reports, root="data") -> None:
-    """Fetch what is missing of a data set and of reports with a name below `root`. Raises OSError
-    where that breaks off; FILE.part is kept, and the same call goes on from it."""
+    """Fetch what is missing of a data set and of named reports below `root`. Raises OSError; the
+    same call goes on from what FILE.part holds."""
     row = DATASETS.get(ds, {})
     for to, md5, _ in row.get("archives", {}).values():
         names = to.split("/")
@@ -292,17 +292,20 @@ def _obtain(root, to, name, url, licence, gb, md5=None):
         try:
             if not path.exists():
                 print(f"{url} to {path}; licence: {licence}")
-                _fetch(url, part, gb)
-                if md5 and (found := calculate_md5(part)) != md5:
-                    known = {row[1]: row[0] for ds in DATASETS.values() for row in ds.get(
-                        "archives", {}).values()}.get(found, "no known file")
-                    raise OSError(f"checksum {found} (that of {known}), expected {md5}; renamed to "
-                                  f"{name} it is used all the same")
+                _fetch(url, part, gb, md5)
                 os.replace(part, path)
-            if name != to:
-                _unpack(path, folder, to, gb)
-                (root / to).parent.mkdir(exist_ok=True)
-                os.replace(folder / to, root / to)
+            if name == to:
+                return
+            for place in (folder / to, root / to):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".gz"):
+                with gzip.open(path) as source, open(folder / to, "wb") as file:
+                    _copy(source, file, gb)
+            else:
+                with zipfile.ZipFile(path) as archive:  # keeps members inside, makes no links
+                    members = [name for name in archive.namelist() if name.startswith(f"{to}/")]
+                    archive.extractall(folder, tqdm(members, disable=None))
+            os.replace(folder / to, root / to)
         except Exception as error:  # zipfile and gzip raise of all kinds
             raise OSError(f"{path if path.exists() else part}: {error}\nthe same command goes on, "
                           "or fetches it anew once it is removed") from None
@@ -310,7 +313,7 @@ def _obtain(root, to, name, url, licence, gb, md5=None):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch(url, part, gb):
+def _fetch(url, part, gb, md5):
     start = part.stat().st_size if part.exists() else 0
     rest = Request(url, headers={"Range": f"bytes={start}-"})
     try:
@@ -324,6 +327,11 @@ def _fetch(url, part, gb):
     except HTTPError as error:
         if error.code != 416:  # which says that nothing is missing
             raise
+    if md5 and (found := calculate_md5(part)) != md5:
+        archives = [row.get("archives", {}).values() for row in DATASETS.values()]
+        known = {row[1]: row[0] for rows in archives for row in rows}.get(found, "no known file")
+        raise OSError(f"checksum {found} (that of {known}), expected {md5}; renamed to {part.stem} "
+                      "it is used all the same")
 
 
 def _copy(source, target, gb, total=0):
@@ -334,20 +342,9 @@ def _copy(source, target, gb, total=0):
             raise OSError(f"more than the {gb} GB published")
 
 
-def _unpack(path, folder, to, gb):
-    if path.suffix == ".gz":
-        (folder / to).parent.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path) as source, open(folder / to, "wb") as file:
-            _copy(source, file, gb)
-        return
-    with zipfile.ZipFile(path) as archive:  # strips what leads out of a folder, makes no links
-        members = [name for name in archive.namelist() if name.startswith(f"{to}/")]
-        archive.extractall(folder, tqdm(members, disable=None))
-
-
 def lock(path, taken: str):
-    """A lock file, held until it is released or this process ends. Raises OSError(taken) where
-    another process holds it; a disk without locks locks nothing."""
+    """A lock file, held until released or this process ends. Raises OSError(taken) where another
+    process holds it; a disk without locks locks nothing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(path, timeout=0, is_singleton=True).acquire()

@@ -119,7 +119,7 @@ def test_reports_may_be_long_hold_newlines_and_be_equal_or_empty(tmp_path, capsy
 
 @pytest.mark.parametrize("name, content, told", [
     ("utf16.txt", "colon\nileum\n".encode("utf-16"), "expected UTF-8"),
-    ("zero.txt", b"a\0b\nc\n", "zero bytes"), ("empty.txt", b"", "0 distinct"),
+    ("zero.txt", b"a\0b\nc\n", "zero byte"), ("empty.txt", b"", "0 distinct"),
     ("equal.txt", b"same\nsame\n", "1 distinct"),
     ("header.csv", b"id,report\n1,a\n2,b\n", "KeyError"),
     ("commas.csv", b"id,text\n1,colon\n2,ileum, or not\n", "row 3 has more cells than row 1"),
