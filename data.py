@@ -6,7 +6,7 @@
     reports = load_reports("reports.txt")  # one report a line
 
 A data set is a row of DATASETS or a folder with train/, test/ and perhaps val/, each of class
-folders. Layouts and BACH's split are kaiko-eva's, the other splits the authors'.
+folders. Layouts and BACH's split are kaiko-eva's, the other splits the authors'. Travels alone.
 """
 import csv
 import errno
@@ -122,6 +122,8 @@ def tile_side(tiles: Tiles) -> int | None:
     """Pixels of a tile's side: the commonest of 1,000 tiles; None where they are not square."""
     sizes = Counter(Image.open(path).size for path in tiles.paths[::-(-len(tiles) // 1000)])
     width, height = sizes.most_common(1)[0][0]
+    if len(sizes) > 1:
+        print(f"tiles of {len(sizes)} sizes; the commonest, {width} x {height}, counts")
     return width if width == height else None
 
 

@@ -82,7 +82,7 @@ def embed_texts(clip: Clip, texts: list[str], batch_size: int = 64) -> Tensor:
     return torch.cat([clip.encode_text(x.to(clip.device)).cpu() for x in tokens])
 
 
-# ---- Models by name -----------------------------------------------------------------------------
+# ---- Models by name ----
 
 CLIPS = {  # hub id, open_clip's name of the architecture
     "conch": None,  # by load_conch
@@ -150,7 +150,7 @@ def load_open_clip(name: str, weights):
     return model, preprocess, open_clip.get_tokenizer(tokenizer or source)
 
 
-# ---- CONCH --------------------------------------------------------------------------------------
+# ---- CONCH ----
 # Equal to its package (tests/test_conch.py), which needs transformers 4 and a pinned timm.
 
 def load_conch(weights, tokenizer):

@@ -39,12 +39,10 @@ from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
 from clipit import BACKBONES, ClipIT, clipit_loss, load_backbone, text_classifier, whole
-from data import (DATASETS, REPORTS, Tiles, dataset_folder, download, draw_shots, load_tiles, lock,
-                  read_reports, read_tile, tile_side, warn_of_repeated_tiles)
+from data import (DATASETS, REPORTS, SPLITS, Tiles, download, draw_shots, load_tiles, lock,
+                  read_reports, tile_side, warn_of_repeated_tiles)
 from lora import TARGETS, inject_lora
 from pairing import CLIPS, embed_texts, load_clip, nearest_text
-
-SPLITS = ("train", "val", "test")
 
 
 def main(argv=None) -> dict:
@@ -95,8 +93,7 @@ def main(argv=None) -> dict:
         classifier = model.to_classifier(classes).to(args.device)
         p[args.variant] = outputs("test", classifier, tiles["test"], args).softmax(dim=1)
     metrics = {"rows": {name: scores(p[name], labels["test"]) for name in p},
-               "complementarity": complementarity(p["vision head"], p["text head"],
-                                                  labels["test"], classes),
+               "complementarity": complementarity(p["vision head"], p["text head"], labels["test"]),
                "test_tiles": len(labels["test"]), "classes": classes, "best": best}
     if args.ep:
         write_predictions(run, tiles["test"], p[args.variant])
@@ -245,7 +242,7 @@ def train_head(name: str, head: nn.Module, features: dict[str, Tensor], labels: 
     return head.requires_grad_(False)(features["test"]).softmax(dim=1)
 
 
-# ---- Metrics: probabilities p (N, C), labels (N,) -----------------------------------------------
+# ---- Metrics: probabilities p (N, C), labels (N,) ----
 
 def scores(p: Tensor, labels: Tensor) -> dict:
     """One row of the table. balanced_accuracy: mean recall of the classes (Table 1's "accuracy");
@@ -261,15 +258,13 @@ def scores(p: Tensor, labels: Tensor) -> dict:
             "recall": recall.tolist(), "confusion": confusion.tolist()}
 
 
-def complementarity(vision: Tensor, text: Tensor, labels: Tensor, classes: list[str]) -> dict:
+def complementarity(vision: Tensor, text: Tensor, labels: Tensor) -> dict:
     """Fig. 3: the tiles that the text model gets right and the vision model wrong: their number,
-    and shares of all tiles, of the vision model's errors, of each class. (N, C) probabilities."""
+    their share of all tiles and of the vision model's errors. vision, text: p (N, C)."""
     wrong = vision.argmax(dim=1) != labels
     gained = (wrong & (text.argmax(dim=1) == labels)).double()  # (N,)
-    per_class = {name: gained[labels == i].mean().item() for i, name in enumerate(classes)}
     return {"tiles": int(gained.sum()), "share": gained.mean().item(),
-            "share_of_vision_errors": gained[wrong].mean().nan_to_num().item(),
-            "share_per_class": per_class}
+            "share_of_vision_errors": gained[wrong].mean().nan_to_num().item()}
 
 
 def text_spread(features: Tensor) -> float:
@@ -278,7 +273,7 @@ def text_spread(features: Tensor) -> float:
     return 1 - ((total @ total - count) / max(count * (count - 1), 1)).item()
 
 
-# ==== What a run needs beside the method =========================================================
+# ==== What a run needs beside the method ====
 
 def load_models(args):
     """CLIP and the backbone on the device; from here on the same seed gives the same numbers."""
@@ -291,8 +286,6 @@ def load_models(args):
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.allow_tf32 = False  # fp32 throughout, as in the authors' code
     torch.manual_seed(args.sd)  # of random weights, where they are asked for
-    if not args.download:
-        dataset_folder(args.ds)  # refused before anything is loaded
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
     backbone = load_backbone(args.model, args.weights, args.tile_size)
     return clip, backbone.to(args.device)
@@ -353,8 +346,7 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
         model.text_tower = clip.text_tower
         inject_lora(model.text_tower, *lora)
     clip.image_tower = None  # its part has ended
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"training {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters")
     return model.to(args.device)
 
 
@@ -426,7 +418,7 @@ def from_all(fact) -> list:
     return facts
 
 
-# ---- A run's folder and its files ---------------------------------------------------------------
+# ---- A run's folder and its files ----
 
 # What says where and how a run is made, not what it is, may change when it goes on
 PLACES = ("dir", "output", "run", "download", "worker", "device", "overwrite", "log", "table",
@@ -492,8 +484,8 @@ def sha256(*parts) -> str:
 
 
 def cached(inputs: list[str], args, compute) -> Tensor:
-    """compute()'s tensor, kept in DIR/cache under the hashes of the inputs it depends on. The
-    folder may be removed at any time; of many processes the first one's file counts."""
+    """compute()'s tensor, kept in DIR/cache, which may be removed at any time, under the hashes of
+    the inputs it depends on."""
     title, hashes = " ".join(inputs), "-".join(args.inputs[name] for name in inputs)
     path = Path(args.dir, "cache", f"{slug(title)}-{hashes}.pt")
     tensor = read_torch(path)
@@ -529,8 +521,7 @@ def write_torch(path: Path, value) -> None:
 
 
 def read_torch(path: Path):
-    """What write_torch has written, as the first process reads it. None where nothing is there, or
-    it is damaged: whoever asks makes it anew."""
+    """What write_torch has written, read by the first process; None if it is missing or damaged."""
     value = None
     try:
         if RANK == 0 and path.exists():
@@ -716,7 +707,7 @@ def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
         members.sort(key=lambda row: -row[4])
         parts.append(f"<h3>{escape(name)}</h3>")
         for path, _, _, report, cosine, _, text in members[::max((len(members) - 1) // 3, 1)][:4]:
-            image, file = read_tile(path), io.BytesIO()
+            image, file = Tiles([path], [0], [name])[0][0], io.BytesIO()
             image.thumbnail((112, 112))
             image.save(file, "JPEG")
             jpeg = b64encode(file.getvalue()).decode()
@@ -736,7 +727,7 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
     return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"
 
 
-# ---- --table: finished runs, a line a variant ---------------------------------------------------
+# ---- --table: finished runs, a line a variant ----
 
 ROWS = ("vision head", "text head", "CLIP linear probe", "validation", "trained", "complementarity")
 # 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; the last for more, too
@@ -744,9 +735,9 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def table(folder: Path, against: str) -> dict:
-    """A line for each data set, backbone and set of flags among the finished runs below `folder`:
-    balanced accuracy in %, mean ± sd over n seeds, and what it is above the runs --against and
-    those without a flag, paired by seed, with 95 % t intervals. As markdown, and in table.csv."""
+    """A line for each data set, backbone and set of flags of the finished runs below `folder`:
+    balanced accuracy in %, mean ± sd over n seeds, and its difference to the runs --against and
+    without a flag, paired by seed, with 95 % t intervals. Printed as markdown, and table.csv."""
     groups: dict[tuple, dict] = {}  # (ds, model) -> flags -> seed -> row -> %
     for path in sorted(folder.rglob("metrics.json")):
         metrics = read_json(path, {"rows", "complementarity", "best"})
@@ -797,7 +788,7 @@ def difference(runs: dict, reference: dict) -> str:
     return f"{mean(gains):+.1f} [{mean(gains) - half:+.1f}, {mean(gains) + half:+.1f}]"
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- Command line ----
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -966,8 +957,8 @@ def cli() -> None:
     except RuntimeError as error:  # no memory, a worker or another process has ended, our mistake
         if sys.flags.dev_mode:
             raise
-        message = (f"{' '.join(str(error).split()):.300}\n{again}; python -X dev train.py ... shows "
-                   "where it ended")
+        message = (f"{' '.join(str(error).split()):.300}\n{again}; python -X dev train.py ... "
+                   "shows where it ended")
     if SIGNALS:  # the shell's rule; before it, workers that ended may have raised anything
         code, message = 128 + SIGNALS[0], f"stopped; {again}"
     print(f"train.py: {message}", file=sys.stderr)

@@ -360,12 +360,11 @@ def test_three_classes_by_hand():
     assert math.isnan(row["recall"][2])
 
 
-def test_complementarity_counts_what_the_text_model_alone_gets_right_by_class_too():
+def test_complementarity_counts_what_the_text_model_alone_gets_right():
     labels = torch.tensor([0, 0, 0, 1, 1])
     vision, text = torch.eye(2)[[0, 1, 1, 1, 0]], torch.eye(2)[[1, 0, 1, 0, 1]]
-    assert train.complementarity(vision, text, labels, ["a", "b"]) == {
-        "tiles": 2, "share": 2 / 5, "share_of_vision_errors": 2 / 3,
-        "share_per_class": {"a": 1 / 3, "b": 1 / 2}}
+    assert train.complementarity(vision, text, labels) == {
+        "tiles": 2, "share": 2 / 5, "share_of_vision_errors": 2 / 3}
 
 
 def test_text_spread_is_one_minus_the_mean_cosine_of_two_reports():
