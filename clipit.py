@@ -54,7 +54,7 @@ class ClipIT(nn.Module):
         self.text_head = text_classifier(text_dim, num_classes)  # h_t
         self.fusion = nn.Linear(2 * num_classes, num_classes)
         if not random_fusion:
-            # h_v(v) + h_t(t-hat), since LoRA bends the backbone to suit a random mix of the logits
+            # h_v(v) + h_t(t-hat): LoRA would first bend the backbone to suit a random mix of them
             self.fusion.weight.data[:] = torch.eye(num_classes).repeat(1, 2)
             nn.init.zeros_(self.fusion.bias)
 
@@ -87,8 +87,8 @@ class ClipIT(nn.Module):
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":
         """A copy with LoRA merged and without the text tower."""
-        config = dict(self.backbone.recipe, **self.sizes, fused=self.fused, classes=classes, run=run)
-        classifier = Classifier(config)
+        config = self.backbone.recipe | self.sizes | {"fused": self.fused}
+        classifier = Classifier(dict(config, classes=classes, run=run))
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -133,7 +133,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, source, **kwargs) -> "Classifier":
-        """Of a run's folder, its classifier/ or a hub id; kwargs: snapshot_download's. ValueError."""
+        """Of a run's folder, its classifier/, a hub id; kwargs: snapshot_download's. ValueError."""
         folder = next(filter(Path.is_dir, (Path(source, "classifier"), Path(source))), None)
         try:
             if not folder:
@@ -196,7 +196,7 @@ VIRCHOW = dict(embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375, no_embe
 
 
 def _row(repo, licence, statistics={}, architecture="vit_giant_patch14_reg4_dinov2", **args):
-    source = dict(hf_hub_id=repo, license=licence, **statistics)  # timm's default is ImageNet's
+    source = dict(hf_hub_id=repo, license=licence, **statistics)  # timm's own are ImageNet's
     return dict(source=source, architecture=architecture, args=dict(img_size=224) | args)
 
 
@@ -267,8 +267,9 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
         given = f" --weights {weights}" * bool(weights) + f" --tile-size {size}" * bool(size)
         raise ValueError(
             f"--model {name}{given}: could not be loaded ({_reason(error)})\nchoose a timm id, "
-            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; ask for "
-            "gated ones, as at https://huggingface.co/MahmoodLab/UNI; `hf auth login`") from None
+            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; a gated "
+            "one: ask at https://huggingface.co/MahmoodLab/UNI or its like, then `hf auth login`"
+        ) from None
     known = name in BACKBONES or not weights  # a file under another name can be anyone's
     licence = known and backbone.pretrained_cfg.get("license") or "see the backbone"
     if kind == "local-dir":
@@ -388,8 +389,8 @@ def main(argv=None) -> int:
 
 def write_wsinfer(model: Classifier, folder: Path) -> None:
     """torchscript_model.pt, images -> logits, and config.json, as WSInfer reads them."""
-    config, run, size = model.config, model.config["run"] or {}, model.config["size"]
-    side, mpp, classes = run.get("side"), run.get("mpp"), model.classes
+    config, run = model.config, model.config["run"] or {}
+    side, mpp, size = run.get("side"), run.get("mpp"), config["size"]
     if not side or not mpp:
         raise ValueError("--wsinfer: unknown side or mpp; train with --mpp on tiles of one size")
     if folder.exists():
@@ -397,8 +398,8 @@ def write_wsinfer(model: Classifier, folder: Path) -> None:
     transform = [dict(name="Resize", arguments=dict(size=size)), dict(name="ToTensor"),
                  dict(name="Normalize", arguments=dict(mean=config["mean"], std=config["std"]))]
     wsinfer = dict(spec_version="1.0", architecture=config["backbone_id"], transform=transform,
-                   num_classes=len(classes), class_names=classes, patch_size_pixels=side,
-                   spacing_um_px=mpp)
+                   num_classes=len(model.classes), class_names=model.classes,
+                   patch_size_pixels=side, spacing_um_px=mpp)
     traced = torch.jit.freeze(torch.jit.trace(model, torch.zeros(1, 3, size, size)))
     with whole(folder) as part:
         part.mkdir()
