@@ -1,22 +1,17 @@
 """CLIP-IT: a tile classifier that learned from reports and needs none. Travels with lora.py.
 
-    from clipit import Classifier
-    classifier = Classifier.from_pretrained("runs/demo/base")
-    probabilities = classifier.predict([image, ...])  # PIL images -> (B, C)
-
+    probabilities = Classifier.from_pretrained("runs/demo/base").predict([image, ...])  # (B, C)
     python clipit.py runs/demo/base tiles/ more.png --csv out.csv
 
-In the paper's symbols:
-
+In the paper's symbols, by the layers and the loss of the authors' code:
     v = backbone(image)    t = text_tower(report of the tile)    t-hat = h_d(v)
     logits = fusion([h_v(v), h_t(t-hat)])
     loss = CE(logits, y) + lambda * mean(1 - cos(t, t-hat))
-
-The layers and the loss are those of the authors' code.
 """
 import argparse
 import csv
 import json
+import os
 import shutil
 import signal
 import sys
@@ -27,7 +22,8 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from jinja2 import Template
 from PIL import Image
 from safetensors.torch import load_file, load_model
 from timm.models import _hub, vision_transformer
@@ -40,19 +36,15 @@ from lora import merge_lora
 
 
 class ClipIT(nn.Module):
-    """The model that is trained.
-
-    backbone: images -> v (B, vision_dim); text_tower: tokens -> t (B, text_dim), None where no text
-    is trained; kd_layers: 1, a linear h_d, or 2, an MLP; fused=False: h_v alone, the baseline.
-    """
+    """The model that is trained. backbone: images -> v (B, vision_dim); text_tower: tokens -> t
+    (B, text_dim), None for a fixed text; kd_layers: of h_d, 1 or 2; fused=False: h_v alone."""
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int,
                  vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
                  random_fusion: bool = False):
         super().__init__()
         self.backbone, self.text_tower, self.fused = backbone, text_tower, fused
-        self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim,
-                          kd_layers=kd_layers, fused=fused)
+        self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim, kd_layers=kd_layers)
         self.vision_head = nn.Linear(vision_dim, num_classes)  # h_v
         if not fused:
             return
@@ -62,11 +54,9 @@ class ClipIT(nn.Module):
         self.text_head = text_classifier(text_dim, num_classes)  # h_t
         self.fusion = nn.Linear(2 * num_classes, num_classes)
         if not random_fusion:
-            # Logits start as h_v(v) + h_t(t-hat): from the unimodal classifier. The authors' random
-            # start mixes its logits, and LoRA first bends the backbone to suit that
-            with torch.no_grad():
-                self.fusion.weight.copy_(torch.eye(num_classes).repeat(1, 2))
-                self.fusion.bias.zero_()
+            # h_v(v) + h_t(t-hat): LoRA would first bend the backbone to suit a random mix of them
+            self.fusion.weight.data[:] = torch.eye(num_classes).repeat(1, 2)
+            nn.init.zeros_(self.fusion.bias)
 
     def fuse(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """v (B, vision_dim) -> logits (B, C), t-hat (B, text_dim)."""
@@ -89,16 +79,16 @@ class ClipIT(nn.Module):
         return v, self.fuse(v)[1]
 
     def train(self, mode: bool = True):
-        """BatchNorm stays in eval mode: the statistics of a frozen backbone are frozen too."""
+        """BatchNorm stays in eval mode: a frozen backbone's statistics are frozen too."""
         super().train(mode)
         for module in self.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+            module.training &= not isinstance(module, nn.modules.batchnorm._BatchNorm)
         return self
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":
         """A copy with LoRA merged and without the text tower."""
-        classifier = Classifier(dict(self.backbone.recipe, **self.sizes, classes=classes, run=run))
+        config = self.backbone.recipe | self.sizes | {"fused": self.fused}
+        classifier = Classifier(dict(config, classes=classes, run=run))
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -113,10 +103,7 @@ def text_classifier(text_dim: int, num_classes: int) -> nn.Module:
 
 def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
                 kd_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """logits (B, C), labels (B,), t_hat and t (B, text_dim) -> loss, its parts {"ce", "kd"}.
-
-    t = None: the ablation without text. (The authors' code takes the CE of a softmax.)
-    """
+    """logits (B, C), labels (B,), t_hat, t (B, text_dim) or None -> loss, its parts ce and kd."""
     ce = F.cross_entropy(logits, labels)
     if t is None:
         return ce, {"ce": ce.detach()}
@@ -125,19 +112,14 @@ def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
 
 
 class Classifier(ClipIT, PyTorchModelHubMixin):
-    """A trained ClipIT without its text tower: plain modules, rebuilt from config.json offline.
-
-    classes: C names; transform (or preprocess): PIL image -> (3, size, size); forward: images
-    (B, 3, size, size) -> logits (B, C), no softmax; predict: PIL images -> probabilities; features:
-    images -> v, t-hat. config: a backbone's recipe, ClipIT's sizes, classes, run (for the card).
-    """
-
+    """A trained ClipIT without its text tower. config: the backbone's recipe, ClipIT's sizes, the
+    classes, run (for the card); transform or preprocess: PIL image -> (3, size, size)."""
     FILES = ["config.json", "model.safetensors"]
 
     def __init__(self, config: dict):
-        sizes = {key: config[key] for key in ("vision_dim", "text_dim", "kd_layers", "fused")}
         backbone = build_backbone(config["architecture"], config["model_args"])
-        super().__init__(backbone, None, len(config["classes"]), **sizes)
+        super().__init__(backbone, None, len(config["classes"]), config["vision_dim"],
+                         config["text_dim"], config["kd_layers"], config["fused"])
         self.config, self.classes = config, config["classes"]
         self.transform = tile_transform(config["size"], config["mean"], config["std"])
         self.preprocess = self.transform
@@ -150,225 +132,175 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         return self(batch.to(self.vision_head.weight.device)).float().softmax(dim=1).cpu()
 
     @classmethod
-    def from_pretrained(cls, source, map_location="cpu", **kwargs) -> "Classifier":
-        """Of a run's folder, its classifier/ or a hub id (kwargs: snapshot_download's). Nothing in
-        config.json runs or fetches anything. Raises ValueError."""
-        folder = Path(source)
-        if (folder / "classifier").is_dir():
-            folder /= "classifier"
+    def from_pretrained(cls, source, **kwargs) -> "Classifier":
+        """Of a run's folder, its classifier/, a hub id; kwargs: snapshot_download's. ValueError."""
+        folder = next(filter(Path.is_dir, (Path(source, "classifier"), Path(source))), None)
         try:
-            if not folder.is_dir():
-                if folder.is_absolute() or len(folder.parts) > 2:
-                    raise FileNotFoundError("no such folder")
+            if not folder:
                 folder = snapshot_download(str(source), allow_patterns=cls.FILES, **kwargs)
             config, weights = (Path(folder, name) for name in cls.FILES)
             config = json.loads(config.read_text())
             with torch.device("meta"):  # other sizes are refused before they take memory
                 cls(config).load_state_dict(load_file(weights), strict=False, assign=True)
-            classifier = cls(config)
-            load_model(classifier, weights)
-            return classifier.to(map_location)
-        except Exception as error:  # of files, weights, the hub, the device
+            load_model(classifier := cls(config), weights)
+            return classifier
+        except Exception as error:  # of files, weights, the hub
+            missing = "" if folder else "no such folder; on the hub "
             raise ValueError(
-                f"{source}: no classifier could be loaded ({_reason(error)})\nexpected a run's "
-                "folder, or config.json and model.safetensors in a folder or on the hub") from None
+                f"{source}: no classifier could be loaded ({missing}{_reason(error)})\nexpected "
+                "config.json and model.safetensors in a run's folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
-        result = super().save_pretrained(save_directory, **kwargs)
-        # The umask holds for weights, too: safetensors 0.8 writes them for the owner alone
-        config, weights = (Path(save_directory, name) for name in self.FILES)
-        shutil.copymode(config, weights)
-        return result
+        super().save_pretrained(save_directory, **kwargs)
+        # safetensors 0.8 writes for the owner alone; the config's mode follows the umask
+        shutil.copymode(*(Path(save_directory, name) for name in self.FILES))
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        name = self.config["licence"].replace(" ", "-")
-        data = ModelCardData(license="other", license_name=name, tags=["histopathology"],
-                             pipeline_tag="image-classification")
-        return ModelCard.from_template(data, template_str=CARD, **self.config,
-                                       row=BACKBONES.get(self.config["backbone_id"]))
+        return ModelCard(Template(CARD).render(self.config, rows=BACKBONES))
 
 
 CARD = """---
-{{ card_data }}
+license: other
+license_name: {{ licence.replace(" ", "-") | tojson }}
+pipeline_tag: image-classification
+tags: [histopathology]
 ---
 # Tile classifier: {{ classes | join(", ") }}
 
-For research only: it is no medical device and must not guide the care of a patient. No text or
-text model is in it. In this folder, beside clipit.py and lora.py:
+For research only: no medical device, not for the care of patients. No text or
+text model is in it. In this folder, with clipit.py and lora.py:
 
     from PIL import Image
     from clipit import Classifier
     Classifier.from_pretrained(".").predict([Image.open("tile.png")])  # (1, {{ classes | length }})
 
-- **Backbone**: `{{ backbone_id }}`
-{%- if row %} (https://huggingface.co/{{ row.source.hf_hub_id }}){% endif %}.
-  Licence of its weights: **{{ licence }}**; read it before you share what is made of them.
-- **Tiles**: {{ run.side or "unknown" }} pixels, {{ run.mpp or "unknown" }} micrometres per pixel.
-{%- if run.data %}
-- **Data**: {{ run.data }}; licence: {{ run.licence }}.
-{%- if run.reports %}
-- **Training text**: `{{ run.reports }}`, paired with the tiles by `{{ run.clip_model }}`, whose
-  terms can cover what is trained on its outputs; CONCH's do.
+- **backbone**: {{ backbone_id }}
+{%- if rows[backbone_id] %} (https://huggingface.co/{{ rows[backbone_id].source.hf_hub_id }})
 {%- endif %}
-- **Balanced accuracy** on {{ run.test_tiles }} test tiles: {{ run.variant }}, this classifier,
-  {{ "%.2f" | format(100 * run.metrics.balanced_accuracy) }} %; unimodal, on the frozen backbone,
-  {{ "%.2f" | format(100 * run.unimodal.balanced_accuracy) }} %.
-{%- endif %}
+- **licence** of its weights, which can cover this model: {{ licence }}
+
+side: of a tile in pixels; mpp: micrometres per pixel; metrics: on the test tiles;
+unimodal: of the frozen backbone. clip_model's terms can cover this model; CONCH's do.
+```json
+{{ run | tojson(1) }}
+```
 """
 
 
 # ---- Backbones ----------------------------------------------------------------------------------
 
-IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+CC = "cc-by-nc-nd-4.0"
 OPTIMUS = dict(mean=[0.707223, 0.578729, 0.703617], std=[0.211883, 0.230117, 0.177517])
-HALF = dict(mean=[0.5] * 3, std=[0.5] * 3)
-CC, GIANT = "cc-by-nc-nd-4.0", "vit_giant_patch14_reg4_dinov2"
-VIRCHOW = dict(img_size=224, embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375,
-               no_embed_class=False, global_pool="cls+mean")
+VIRCHOW = dict(embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375, no_embed_class=False,
+               global_pool="")
 
 
-def _row(repo, licence, gated, statistics, architecture, **args) -> dict:
-    source = dict(hf_hub_id=repo, license=licence, input_size=(3, 224, 224), num_classes=0)
-    return dict(gated=gated, architecture=architecture, args=args, source=source | statistics)
+def _row(repo, licence, statistics={}, architecture="vit_giant_patch14_reg4_dinov2", **args):
+    source = dict(hf_hub_id=repo, license=licence, **statistics)  # timm's own are ImageNet's
+    return dict(source=source, architecture=architecture, args=dict(img_size=224) | args)
 
 
-def _kaiko(architecture, **args) -> dict:
-    published = architecture.replace("dinov2", "224")
-    return _row(f"1aurent/{published}.kaiko_ai_towards_large_pathology_fms", "kaiko-non-commercial",
-                False, HALF, architecture, dynamic_img_size=True, **args)
+def _kaiko(architecture, **args):
+    repo = f"1aurent/{architecture.replace('dinov2', '224')}.kaiko_ai_towards_large_pathology_fms"
+    half = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    return _row(repo, "kaiko-non-commercial", half, architecture, dynamic_img_size=True, **args)
 
 
 BACKBONES = {  # the paper's six by the authors' names, then newer ones
-    "UNI": _row("MahmoodLab/UNI", CC, True, IMAGENET, "vit_large_patch16_224", init_values=1e-5,
+    "UNI": _row("MahmoodLab/UNI", CC, architecture="vit_large_patch16_224", init_values=1e-5,
                 dynamic_img_size=True),
-    # the paper's "DINO"; its positions are for 518 pixels and resampled to 224 in each forward pass
+    # the paper's "DINO"; its positions, of 518 pixels, are resampled to 224 in each forward pass
     "DINOL14": _kaiko("vit_large_patch14_reg4_dinov2", img_size=518),
     "VITS_8": _kaiko("vit_small_patch8_224"),
     "VITS_16": _kaiko("vit_small_patch16_224"),
     "VITB_8": _kaiko("vit_base_patch8_224"),
     "VITB_16": _kaiko("vit_base_patch16_224"),
-    "UNI2-h": _row("MahmoodLab/UNI2-h", CC, True, IMAGENET, GIANT, img_size=224, depth=24,
-                   num_heads=24, reg_tokens=8),
-    "Virchow": _row("paige-ai/Virchow", "apache-2.0", True, IMAGENET, GIANT, reg_tokens=0,
-                    **VIRCHOW),
-    "Virchow2": _row("paige-ai/Virchow2", CC, True, IMAGENET, GIANT, **VIRCHOW),
-    "H-optimus-0": _row("bioptimus/H-optimus-0", "apache-2.0", False, OPTIMUS, GIANT, img_size=224),
-    "H-optimus-1": _row("bioptimus/H-optimus-1", CC, True, OPTIMUS, GIANT, img_size=224),
+    "UNI2-h": _row("MahmoodLab/UNI2-h", CC, depth=24, num_heads=24, reg_tokens=8),
+    "Virchow": _row("paige-ai/Virchow", "apache-2.0", reg_tokens=0, **VIRCHOW),
+    "Virchow2": _row("paige-ai/Virchow2", CC, **VIRCHOW),
+    "H-optimus-0": _row("bioptimus/H-optimus-0", "apache-2.0", OPTIMUS),
+    "H-optimus-1": _row("bioptimus/H-optimus-1", CC, OPTIMUS),
     # of H0-mini the class token, as TRIDENT takes it
-    "H0-mini": _row("bioptimus/H0-mini", CC, True, OPTIMUS, GIANT, img_size=224, embed_dim=768,
-                    depth=12, num_heads=12, mlp_ratio=5.33334),
-    "prov-gigapath": _row("prov-gigapath/prov-gigapath", "apache-2.0 with conditions", True,
-                          IMAGENET, "vit_giant_patch14_dinov2", img_size=224, patch_size=16),
+    "H0-mini": _row("bioptimus/H0-mini", CC, OPTIMUS, embed_dim=768, depth=12, num_heads=12,
+                    mlp_ratio=5.33334),
+    "prov-gigapath": _row("prov-gigapath/prov-gigapath", "apache-2.0 with conditions",
+                          architecture="vit_giant_patch14_dinov2", patch_size=16),
 }
 
 
 def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module:
-    """A timm model without its classifier, in eval mode: images (B, 3, H, W) -> v (B, D).
+    """A timm model without its classifier, in eval mode: images (B, 3, H, W) -> (B, num_features).
 
-    name: a key of BACKBONES, a timm id, "hf-hub:org/model" or "local-dir:folder"; weights: None for
-    the published ones, "none" for random ones, or a .pth, .bin or .safetensors file; size: pixels
-    of a tile, None for the model's own. Its num_features is D; preprocess: PIL image -> its input;
-    recipe: what the Classifier rebuilds it of. Raises ValueError.
+    name: a key of BACKBONES, a timm id, "hf-hub:org/model", "local-dir:folder"; weights: None for
+    the published ones, "none" for random ones, or a .pth, .bin or .safetensors file; size: pixels.
+    Its preprocess: PIL image -> (3, size, size); its recipe: of the Classifier. ValueError.
     """
-    given = f"--model {name}" + (f" --weights {weights}" if weights else "")
-    given += f" --tile-size {size}" if size else ""
-    try:
-        source, architecture, args = find_backbone(name)
-        args = dict(args or {}, num_classes=0)
-        if size:
-            args["img_size"] = size
-        backbone = build_backbone(architecture, args, weights is None, source)
-        if weights not in (None, "none"):
-            load_weights(backbone, architecture, args, weights)
-        data = timm.data.resolve_model_data_config(backbone)
-        size, mean, std = size or data["input_size"][-1], list(data["mean"]), list(data["std"])
-        backbone.preprocess = tile_transform(size, mean, std)
-        with torch.no_grad():
-            v = backbone(torch.zeros(1, 3, size, size))
-        if v.ndim != 2 or v.shape[1] == 0:  # timm 1.0.26's InceptionNeXt has none
-            raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
-    except Exception as error:  # timm and the hub raise of all kinds
-        raise ValueError(
-            f"{given}: could not be loaded ({_reason(error)})\nchoose {', '.join(BACKBONES)}, a "
-            "timm id, hf-hub:org/model or local-dir:folder with timm's config.json, or --weights "
-            "FILE; ask for a gated one on its page, as https://huggingface.co/MahmoodLab/UNI, then "
-            "`hf auth login`") from None
-    licence = None  # of a local file under another name: it can be anyone's
-    if name in BACKBONES or not weights:
-        licence = backbone.pretrained_cfg.get("license")
-    if name.startswith("local-dir:"):
-        name = "local-dir:" + Path(name.partition(":")[2]).name  # nobody's folders are published
-    grid = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    if grid:  # of the positions; the architecture's own may differ
-        args["img_size"] = grid[0]
-    backbone.num_features = v.shape[1]  # timm's is that of the last stage, not always of v
-    backbone.recipe = dict(architecture=architecture, model_args=args, size=size, mean=mean,
-                           std=std, backbone_id=name, licence=licence or "see the backbone")
-    return backbone
-
-
-def find_backbone(name: str) -> tuple[dict | None, str, dict]:
-    """timm's pretrained_cfg (None: its own), architecture and arguments."""
-    if name in BACKBONES:
-        row = BACKBONES[name]
-        return row["source"], row["architecture"], row["args"]
     kind, _, place = name.partition(":")
     try:
-        if kind == "hf-hub":
-            return _hub.load_model_config_from_hf(place)
-        if kind == "local-dir":
-            return _hub.load_model_config_from_path(place)
-    except KeyError as missing:
-        raise ValueError(f"its config.json is not one of timm's: no {missing}") from None
-    return None, name, {}
+        source, architecture, args = None, name, {}
+        if name in BACKBONES:
+            source, architecture, args = BACKBONES[name].values()
+        elif kind == "hf-hub":
+            source, architecture, args = _hub.load_model_config_from_hf(place)
+        elif kind == "local-dir":
+            source, architecture, args = _hub.load_model_config_from_path(place)
+        args = args | {"num_classes": 0} | ({"img_size": size} if size else {})
+        backbone = build_backbone(architecture, args, weights is None, source)
+        if weights not in (None, "none"):
+            state = timm.models.load_state_dict(str(weights), weights_only=True)
+            if isinstance(backbone, vision_transformer.VisionTransformer):  # DINOv2's names, grids
+                state = vision_transformer.checkpoint_filter_fn(state, backbone)
+            with torch.device("meta"):
+                full = build_backbone(architecture, args | {"num_classes": 2})
+            for key in full.state_dict().keys() - backbone.state_dict().keys():
+                state.pop(key, None)  # of the classifier
+            backbone.load_state_dict(state)
+        data = timm.data.resolve_model_data_config(backbone)
+        pixels = size or data["input_size"][-1]
+        tile = dict(size=pixels, mean=list(data["mean"]), std=list(data["std"]))
+        backbone.preprocess = tile_transform(**tile)
+        with torch.no_grad():
+            v = backbone(torch.zeros(1, 3, pixels, pixels))
+        if v.ndim != 2 or not v.numel():
+            raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
+    except Exception as error:  # timm and the hub raise of all kinds
+        given = f" --weights {weights}" * bool(weights) + f" --tile-size {size}" * bool(size)
+        raise ValueError(
+            f"--model {name}{given}: could not be loaded ({_reason(error)})\nchoose a timm id, "
+            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; a gated "
+            "one: ask at https://huggingface.co/MahmoodLab/UNI or its like, then `hf auth login`"
+        ) from None
+    known = name in BACKBONES or not weights  # a file under another name can be anyone's
+    licence = known and backbone.pretrained_cfg.get("license") or "see the backbone"
+    if kind == "local-dir":
+        name = f"local-dir:{Path(place).name}"  # nobody's folders are published
+    if grid := getattr(getattr(backbone, "patch_embed", None), "img_size", None):
+        args["img_size"] = grid[0]  # of the positions; the architecture's own may differ
+    backbone.num_features = v.shape[1]  # timm's is that of the last stage, not always of v
+    backbone.recipe = dict(architecture=architecture, model_args=args, backbone_id=name,
+                           licence=licence, **tile)
+    return backbone
 
 
 def build_backbone(architecture: str, args: dict, pretrained=False, source=None) -> nn.Module:
     """The timm model in eval mode; nothing in args fetches or runs anything."""
     if not timm.is_model(architecture):  # "hf-hub:...", a path
         raise ValueError(f"architecture {architecture}: expected a name of timm's")
-    for key, value in args.items():
-        if isinstance(value, int) and value > 10_000:
-            raise ValueError(f"{key} is {value}; expected at most 10,000")
-    pooled = args.get("global_pool") == "cls+mean"
-    if pooled:  # timm has no such pooling
-        args = dict(args, global_pool="")
-    # An argument that is given here cannot be in args, too
-    backbone = timm.create_model(architecture, pretrained=pretrained, pretrained_cfg=source,
-                                 checkpoint_path=None, **args)
-    if pooled:
-        backbone.head = ClassAndMean(backbone.num_prefix_tokens)
+    if any(isinstance(value, int) and value > 10_000 for value in args.values()):
+        raise ValueError(f"{args}: expected no number above 10,000")
+    # What is given here cannot be in args, too
+    backbone = timm.create_model(architecture, pretrained, source, checkpoint_path=None, **args)
+    prefix = getattr(backbone, "num_prefix_tokens", 0)
+    if prefix and args.get("global_pool") == "":
+        # Virchow's pooling of tokens (B, prefix + N, D): the first, the mean of the N (B, 2 * D)
+        backbone.register_forward_hook(lambda model, images, tokens: torch.cat(
+            [tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1))
     return backbone.eval()
-
-
-class ClassAndMean(nn.Module):
-    """Virchow's head: tokens (B, prefix + N, D) -> class token, mean of the N others (B, 2 * D)."""
-
-    def __init__(self, prefix: int):
-        super().__init__()
-        self.prefix = prefix  # the class token and the registers
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return torch.cat([tokens[:, 0], tokens[:, self.prefix:].mean(dim=1)], dim=1)
-
-
-def load_weights(backbone: nn.Module, architecture: str, args: dict, path) -> None:
-    """Load a file strictly, but for the classifier: keys that the model with classes has alone."""
-    state = timm.models.load_state_dict(str(path), weights_only=True)
-    if isinstance(backbone, vision_transformer.VisionTransformer):  # DINOv2's names, other grids
-        state = vision_transformer.checkpoint_filter_fn(state, backbone)
-    with torch.device("meta"):
-        full = build_backbone(architecture, dict(args, num_classes=2))
-    classifier = full.state_dict().keys() - backbone.state_dict().keys()
-    backbone.load_state_dict({key: x for key, x in state.items() if key not in classifier})
 
 
 def tile_transform(size: int, mean, std):
     """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. No
     crop_pct: a tile's border is tissue like its centre."""
-    numbers = all(isinstance(x, (int, float)) for x in (*mean, *std))
-    if not numbers or len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"mean {mean}, std {std}; expected three numbers each")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
@@ -382,98 +314,104 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+# ---- Files, command line ------------------------------------------------------------------------
+
 @contextmanager
 def whole(path: Path):
-    """A temporary path; what is written there takes the place of `path` in the end, and after an
-    error or a signal not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
-        part = Path(folder, path.name)
-        yield part
-        part.replace(path)
+    """A temporary path for a file or folder that replaces `path` in the end. Whatever ends the
+    program, `path` is never half-written. OSError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            yield part
+            _sync(part, *part.rglob("*"))
+            if path.is_dir() and part.is_dir():  # a folder cannot be renamed over another
+                path.rename(f"{part}.old")
+            part.replace(path)
+        _sync(path.parent)
+    except Exception as error:  # safetensors' are of its own kind
+        raise OSError(f"{path}: could not be written ({_reason(error)})\nmake room there or choose "
+                      "another place; the same command can be given again") from None
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths if os.name == "posix" else ():  # of a folder, the names in it
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-# ---- Command line: class probabilities of image files -------------------------------------------
-
 def main(argv=None) -> int:
-    """Exit code 0, or 1 where an image was unreadable."""
-    parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS)  # one line an error
+    """The exit code: 1 where an image was unreadable."""
+    parser = argparse.ArgumentParser("clipit.py")
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
-    parser.add_argument("images", nargs="*", help="image files and folders (with all below them)")
-    parser.add_argument("--csv", help="the file to write; unset, standard output")
-    parser.add_argument("--wsinfer", help="a new folder, for the model as WSInfer reads it")
+    parser.add_argument("images", nargs="*", type=Path, help="image files, folders of them")
+    parser.add_argument("--csv", type=Path, help="the file to write; unset, standard output")
+    parser.add_argument("--wsinfer", type=Path, help="a new folder, for the model as WSInfer's")
     args = parser.parse_args(argv)
-    if not args.images and not args.wsinfer:
-        parser.error("images: expected files or folders")
-    if args.csv and Path(args.csv).is_dir():
-        raise ValueError(f"--csv {args.csv}: expected a file")
-
-    classifier = Classifier.from_pretrained(args.model)
+    if args.csv and args.csv.is_dir():
+        parser.error(f"--csv {args.csv}: expected a file")
+    paths = []
+    for path in args.images:
+        inside = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        paths += sorted(inside) if path.is_dir() else [path]
+    if not paths and not args.wsinfer:
+        parser.error("images: expected image files, or folders of them")
+    model = Classifier.from_pretrained(args.model)
     if args.wsinfer:
-        write_wsinfer(classifier, Path(args.wsinfer))
-    if not args.images:
+        write_wsinfer(model, args.wsinfer)
+    if not paths:
         return 0
-    classifier.to("cuda" if torch.cuda.is_available() else "cpu")
-    paths, rows, unreadable = [], [["path", "pred", *classifier.classes]], 0
-    for path in map(Path, args.images):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        if not inside and not path.is_file():
-            raise FileNotFoundError(f"{path}: no image there ({' '.join(IMG_EXTENSIONS)})")
-        paths += inside or [path]
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [["path", "pred", *model.classes]]
     for start in tqdm(range(0, len(paths), 64), disable=None):
-        readable, images = [], []
+        images = []
         for path in paths[start:start + 64]:
             try:
-                images.append(to_rgb(Image.open(path)))
-                readable.append(path)
+                images.append((path, to_rgb(Image.open(path))))
             except Exception as error:  # each format of PIL's raises its own
-                unreadable = 1
                 print(f"clipit.py: {path}: not a readable image ({error})", file=sys.stderr)
-        probabilities = classifier.predict(images).tolist() if images else []
-        for path, p in zip(readable, probabilities):
-            rows.append([path, classifier.classes[p.index(max(p))], *(f"{x:.6f}" for x in p)])
+        table = model.predict([image for _, image in images]).tolist() if images else []
+        for (path, _), p in zip(images, table):
+            rows.append([path, model.classes[p.index(max(p))], *(f"{x:.6f}" for x in p)])
     if args.csv:
-        with whole(Path(args.csv)) as part, open(part, "w", newline="") as file:
+        with whole(args.csv) as part, open(part, "w", newline="") as file:
             csv.writer(file).writerows(rows)
     else:
         csv.writer(sys.stdout).writerows(rows)
-    return unreadable
+    return int(len(rows) < 1 + len(paths))
 
 
-def write_wsinfer(classifier: Classifier, folder: Path) -> None:
-    """folder/torchscript_model.pt, images -> logits, and config.json, as WSInfer reads them."""
-    config, run = classifier.config, classifier.config["run"] or {}
+def write_wsinfer(model: Classifier, folder: Path) -> None:
+    """torchscript_model.pt, images -> logits, and config.json, as WSInfer reads them."""
+    config, run = model.config, model.config["run"] or {}
     side, mpp, size = run.get("side"), run.get("mpp"), config["size"]
     if not side or not mpp:
-        raise ValueError("--wsinfer: unknown micrometres per pixel or side of a tile; train with "
-                         "--mpp on tiles of one size")
+        raise ValueError("--wsinfer: unknown side or mpp; train with --mpp on tiles of one size")
     if folder.exists():
         raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
-    normalize = dict(mean=config["mean"], std=config["std"])
-    transform = [dict(name="ToTensor"), dict(name="Normalize", arguments=normalize)]
-    if side != size:
-        transform.insert(0, dict(name="Resize", arguments=dict(size=size)))
+    transform = [dict(name="Resize", arguments=dict(size=size)), dict(name="ToTensor"),
+                 dict(name="Normalize", arguments=dict(mean=config["mean"], std=config["std"]))]
     wsinfer = dict(spec_version="1.0", architecture=config["backbone_id"], transform=transform,
-                   num_classes=len(classifier.classes), class_names=classifier.classes,
+                   num_classes=len(model.classes), class_names=model.classes,
                    patch_size_pixels=side, spacing_um_px=mpp)
-    traced = torch.jit.freeze(torch.jit.trace(classifier, torch.zeros(1, 3, size, size)))
+    traced = torch.jit.freeze(torch.jit.trace(model, torch.zeros(1, 3, size, size)))
     with whole(folder) as part:
         part.mkdir()
-        traced.save(part / "torchscript_model.pt")
+        (part / "torchscript_model.pt").write_bytes(traced.save_to_buffer())
         (part / "config.json").write_text(json.dumps(wsinfer, indent=2))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is unfinished is removed
+    for number in (signal.SIGINT, signal.SIGTERM):  # what is unfinished is removed
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print("clipit.py: stopped", file=sys.stderr)
-        sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"clipit.py: {error}", file=sys.stderr)
         sys.exit(2)
