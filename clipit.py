@@ -112,8 +112,9 @@ def clipit_loss(logits: Tensor, labels: Tensor, t_hat: Tensor, t: Tensor | None,
 
 
 class Classifier(ClipIT, PyTorchModelHubMixin):
-    """A trained ClipIT without its text tower. config: the backbone's recipe, ClipIT's sizes, the
-    classes, run (for the card); transform or preprocess: PIL image -> (3, size, size)."""
+    """A trained ClipIT without its text tower; forward gives logits, predict probabilities. config:
+    the backbone's recipe, ClipIT's sizes, the classes, run (for the card); transform or preprocess:
+    PIL image -> (3, size, size)."""
     FILES = ["config.json", "model.safetensors"]
 
     def __init__(self, config: dict):
@@ -174,25 +175,28 @@ text model is in it. In this folder, with clipit.py and lora.py:
     from clipit import Classifier
     Classifier.from_pretrained(".").predict([Image.open("tile.png")])  # (1, {{ classes | length }})
 
-- **backbone**: {{ backbone_id }}
+- **Backbone**: {{ backbone_id }}
 {%- if rows[backbone_id] %} (https://huggingface.co/{{ rows[backbone_id].source.hf_hub_id }})
+{%- endif %}; licence of its weights, which covers what is made of them: **{{ licence }}**
+- **Tiles**: {{ run.side or "unknown" }} pixels, {{ run.mpp or "unknown" }} micrometres per pixel
+{%- if run.data %}
+- **Data**: {{ run.data }}; licence: {{ run.licence }}
+- **Training text**: {{ run.reports or "none" }}
+{%- if run.reports %}, paired by {{ run.clip_model }}, whose terms can cover this model; CONCH's do
 {%- endif %}
-- **licence** of its weights, which can cover this model: {{ licence }}
-
-side: of a tile in pixels; mpp: micrometres per pixel; metrics: on the test tiles;
-unimodal: of the frozen backbone. clip_model's terms can cover this model; CONCH's do.
-```json
-{{ run | tojson(1) }}
-```
+- **Balanced accuracy** on {{ run.test_tiles }} test tiles: {{ run.variant }}, this model,
+  {{ "%.2f" % (100 * run.metrics.balanced_accuracy) }} %; unimodal, on the frozen backbone,
+  {{ "%.2f" % (100 * run.unimodal.balanced_accuracy) }} %
+{%- endif %}
 """
 
 
-# ---- Backbones ----------------------------------------------------------------------------------
+# ---- Backbones ----
 
 CC = "cc-by-nc-nd-4.0"
 OPTIMUS = dict(mean=[0.707223, 0.578729, 0.703617], std=[0.211883, 0.230117, 0.177517])
 VIRCHOW = dict(embed_dim=1280, depth=32, num_heads=16, mlp_ratio=5.3375, no_embed_class=False,
-               global_pool="")
+               global_pool="cls+mean")
 
 
 def _row(repo, licence, statistics={}, architecture="vit_giant_patch14_reg4_dinov2", **args):
@@ -288,11 +292,13 @@ def build_backbone(architecture: str, args: dict, pretrained=False, source=None)
         raise ValueError(f"architecture {architecture}: expected a name of timm's")
     if any(isinstance(value, int) and value > 10_000 for value in args.values()):
         raise ValueError(f"{args}: expected no number above 10,000")
+    pooled = args.get("global_pool") == "cls+mean"
+    if pooled:  # timm has no such pooling
+        args = args | {"global_pool": ""}
     # What is given here cannot be in args, too
     backbone = timm.create_model(architecture, pretrained, source, checkpoint_path=None, **args)
-    prefix = getattr(backbone, "num_prefix_tokens", 0)
-    if prefix and args.get("global_pool") == "":
-        # Virchow's pooling of tokens (B, prefix + N, D): the first, the mean of the N (B, 2 * D)
+    if pooled:  # Virchow's, of tokens (B, prefix + N, D): class token, mean of the N (B, 2 * D)
+        prefix = backbone.num_prefix_tokens
         backbone.register_forward_hook(lambda model, images, tokens: torch.cat(
             [tokens[:, 0], tokens[:, prefix:].mean(dim=1)], dim=1))
     return backbone.eval()
@@ -301,6 +307,8 @@ def build_backbone(architecture: str, args: dict, pretrained=False, source=None)
 def tile_transform(size: int, mean, std):
     """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. No
     crop_pct: a tile's border is tissue like its centre."""
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"{mean=}, {std=}; expected three numbers each")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
@@ -314,7 +322,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---- Files, command line ------------------------------------------------------------------------
+# ---- Files, command line ----
 
 @contextmanager
 def whole(path: Path):
@@ -348,7 +356,7 @@ def _reason(error: Exception) -> str:
 
 def main(argv=None) -> int:
     """The exit code: 1 where an image was unreadable."""
-    parser = argparse.ArgumentParser("clipit.py")
+    parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS)  # one line an error
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
     parser.add_argument("images", nargs="*", type=Path, help="image files, folders of them")
     parser.add_argument("--csv", type=Path, help="the file to write; unset, standard output")
@@ -395,8 +403,10 @@ def write_wsinfer(model: Classifier, folder: Path) -> None:
         raise ValueError("--wsinfer: unknown side or mpp; train with --mpp on tiles of one size")
     if folder.exists():
         raise FileExistsError(f"--wsinfer {folder}: exists; give a new folder")
-    transform = [dict(name="Resize", arguments=dict(size=size)), dict(name="ToTensor"),
-                 dict(name="Normalize", arguments=dict(mean=config["mean"], std=config["std"]))]
+    transform = [dict(name="ToTensor"), dict(name="Normalize", arguments=dict(
+        mean=config["mean"], std=config["std"]))]
+    if side != size:
+        transform.insert(0, dict(name="Resize", arguments=dict(size=size)))
     wsinfer = dict(spec_version="1.0", architecture=config["backbone_id"], transform=transform,
                    num_classes=len(model.classes), class_names=model.classes,
                    patch_size_pixels=side, spacing_um_px=mpp)

@@ -33,13 +33,15 @@ def test_config_and_card_tell_of_the_run(finished, tmp_path):
     names = ("README.md", "config.json", "model.safetensors")
     card, config, _ = (str((folder / name).read_bytes(), "utf-8", "replace") for name in names)
     assert str(finished.argv[1].parent) not in card + config  # nobody's folders are published
-    run, figures = json.loads(config)["run"], ("balanced_accuracy", "accuracy", "macro_f1")
+    run = json.loads(config)["run"]
     for part, row in (("metrics", "CLIP-IT"), ("unimodal", "vision head")):
-        assert run[part] == {key: metrics["rows"][row][key] for key in figures}
-    assert [run["data"], run["reports"], run["clip_model"], run["test_tiles"]] == [
-        "tiles", "reports.txt", "local-dir:clip", metrics["test_tiles"]]
-    assert json.loads(card.split("```")[1].removeprefix("json")) == run
-    for words in ("For research only", "No text or\ntext model is in it", "model: mit"):
+        assert run[part] == metrics["rows"][row]
+        assert f"{100 * run[part]['balanced_accuracy']:.2f} %" in card
+    assert [run["data"], run["reports"], run["clip_model"]] == [
+        "tiles", "reports.txt", "local-dir:clip"]
+    for words in ("For research only", "No text or\ntext model is in it", "**mit**",
+                  f"**Balanced accuracy** on {metrics['test_tiles']} test tiles",
+                  "reports.txt, paired by local-dir:clip"):
         assert words in card
     Classifier.from_pretrained(finished.folder).save_pretrained(tmp_path)  # nothing is lost
     assert sorted(path.name for path in tmp_path.iterdir()) == list(names)
@@ -54,7 +56,8 @@ def test_the_card_names_the_backbones_licence_and_where_it_stands(name, licence)
     card = str(make_classifier(backbone_id=name, licence=licence).generate_model_card())
     data = ModelCard(card).data
     assert (data.license, data.license_name) == ("other", licence.replace(" ", "-"))
-    assert data.pipeline_tag == "image-classification" and f"cover this model: {licence}\n" in card
+    assert "**Tiles**: unknown pixels, unknown micrometres per pixel" in card
+    assert data.pipeline_tag == "image-classification" and f"**{licence}**" in card
     if name in BACKBONES:
         assert BACKBONES[name]["source"]["license"] == licence
         assert f"(https://huggingface.co/{BACKBONES[name]['source']['hf_hub_id']})" in card
@@ -68,7 +71,7 @@ def test_a_classifier_comes_back_by_the_cards_example_and_from_the_hub(tmp_path,
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 96), "pink").save("tile.png")
     card, names = (tmp_path / "README.md").read_text(), {}
-    assert '"mpp": 0.5,\n "side": 96\n' in card
+    assert "**Tiles**: 96 pixels, 0.5 micrometres per pixel" in card
     lines = [line.strip() for line in card.splitlines() if line.startswith("    ")]
     assert len(lines) == 3
     exec("\n".join([*lines[:2], f"p = {lines[2]}"]), names)
@@ -188,7 +191,8 @@ def change(**values):
     ("config.json", change(model_args={"checkpoint_path": "w.pth"}), "values .*'checkpoint_path'"),
     ("config.json", change(model_args={"depth": 10 ** 9}), "'depth': 10{9}.*: expected no number"),
     ("config.json", change(text_dim=10 ** 9), "size mismatch for distill_head.weight"),
-    ("config.json", change(kd_layers=2), "Missing key.*distill_head.0")])
+    ("config.json", change(kd_layers=2), "Missing key.*distill_head.0"),
+    ("config.json", change(mean=[0.5]), "mean=.0.5., std=.*; expected three numbers each")])
 def test_what_is_no_whole_classifier_is_refused_in_words(call, file, spoil, says):
     path = Path("run/classifier", file)
     if spoil:
@@ -243,6 +247,6 @@ def test_a_classifier_goes_to_wsinfer(model, call):
         assert json.loads((folder / "config.json").read_text()) == {
             "spec_version": "1.0", "architecture": "local-dir:backbone", "num_classes": 2,
             "patch_size_pixels": side, "spacing_um_px": 0.5, "class_names": ["a", "b"],
-            "transform": transform}
+            "transform": transform[side == 64:]}
     code, _, said = call("c", "--wsinfer", "out64")
     assert code == 2 and "out64: exists" in said

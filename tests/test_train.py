@@ -182,7 +182,7 @@ def test_without_text_nothing_but_the_distillation_differs(finished):
         assert line["loss"] == line["ce"] and line["val_loss"] == line["val_ce"]
         assert "kd" not in line and "text_spread" not in line
     card = (folder_of(argv) / "classifier" / "README.md").read_text()
-    assert '"variant": "CLIP-IT without text"' in card and '"reports": null' in card
+    assert "CLIP-IT without text, this model" in card and "**Training text**: none" in card
 
 
 def test_a_batch_encodes_each_distinct_report_once(finished, monkeypatch):
