@@ -126,9 +126,9 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
         order = torch.randperm(n, generator=generator).split(args.batch)[done:]
         if args.drop_words:
             epoch_text = text_of(clip, reports, text_emb, args, epoch)
-        loader = batches(tiles["train"], order, args, pairs["train"])
         title = f"epoch {epoch + 1} of {args.ep}"
-        for images, labels, report, share in progress(title, loader, len(order)):
+        for images, labels, report, share in batches(title, tiles["train"], args, pairs["train"],
+                                                     order):
             torch.manual_seed((args.sd * 1_000_003 + step) * WORLD + RANK)  # of dropout
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
@@ -191,10 +191,8 @@ def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> d
     """The loss, its parts and accuracies over the whole validation split. The prediction uses the
     image alone; the reports enter the distillation part of the loss."""
     model.eval()
-    order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
-    loader = batches(tiles, order, args, pairs)
-    for images, _, report, _ in progress("validation", loader, len(order)):
-        rows.append(forward(model, images, report, *text, args))
+    rows = [forward(model, images, report, *text, args)
+            for images, _, report, _ in batches("validation", tiles, args, pairs)]
     logits, t_hat, t = (None if parts[0] is None else gather(torch.cat(parts), len(tiles))
                         for parts in zip(*rows))  # (N, C), (N, d), (N, d)
     labels = torch.tensor(tiles.labels)
@@ -323,9 +321,7 @@ def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor
 @torch.no_grad()
 def outputs(title: str, model, tiles: Tiles, args) -> Tensor:
     """model(images (B, 3, H, W)) of all tiles, (N, ...), in fp32, on the CPU."""
-    order, rows = torch.arange(len(tiles)).split(args.batch * WORLD), []
-    for images, *_ in progress(title, batches(tiles, order, args), len(order)):
-        rows.append(model(images))
+    rows = [model(images) for images, *_ in batches(title, tiles, args)]
     return gather(torch.cat(rows), len(tiles))
 
 
@@ -350,18 +346,20 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
     return model.to(args.device)
 
 
-def batches(tiles, order, args, pairs: Tensor | None = None):
+def batches(title: str, tiles: Tiles, args, pairs: Tensor | None = None, order=None):
     """(images (B, 3, H, W), labels (B,), report (B,), share) on the device for every batch of
-    indices in `order`; of many processes each gets its tiles of a batch, and their share of it. One
-    that has none computes the first, for nothing."""
+    indices in `order`, unset all in turn; of many processes each gets its tiles of a batch, and
+    their share of it. One that has none computes the first, for nothing."""
     if pairs is None:
         pairs = torch.zeros(len(tiles), dtype=torch.long)
+    if order is None:
+        order = torch.arange(len(tiles)).split(args.batch * WORLD)
     rows = [batch[RANK::WORLD] if RANK < len(batch) else batch[:1] for batch in order]
     loader = DataLoader(StackDataset(tiles, pairs), batch_sampler=[part.tolist() for part in rows],
                         num_workers=args.worker, worker_init_fn=leave_signals,
                         generator=torch.Generator(),  # no number is drawn from the run's
                         pin_memory=args.device.type == "cuda")
-    for batch, ((images, labels), report) in zip(order, loader):
+    for batch, ((images, labels), report) in progress(title, zip(order, loader), len(order)):
         share = len(batch[RANK::WORLD]) / len(batch)
         yield *(x.to(args.device, non_blocking=True) for x in (images, labels, report)), share
 
@@ -667,9 +665,8 @@ def results(metrics: dict) -> str:
         figures = "".join(f"{100 * row[key]:12.2f}" for key in COLUMNS)
         lines.append((name + NOTES.get(name, " (image only)")).ljust(41) + figures)
     gained = metrics["complementarity"]
-    lines.append(f"complementarity: the text head alone is right on {gained['tiles']} tiles, "
-                 f"{gained['share']:.1%} of all, {gained['share_of_vision_errors']:.1%} of the "
-                 "vision head's errors")
+    lines.append(f"complementarity: the text head alone is right on {gained['share']:.1%} of the "
+                 f"tiles, {gained['share_of_vision_errors']:.1%} of the vision head's errors")
     return "\n".join(lines)
 
 
@@ -681,9 +678,8 @@ def shown(line: dict) -> str:
 
 
 HEAD = """<!DOCTYPE html><meta charset=utf-8><style>
-:root { color-scheme: light dark } pre, .wide { overflow-x: auto } td, th { padding: .2rem .6rem }
-body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-wrap: anywhere }
-.pair { display: flex; gap: 1rem; margin: .5rem } img { width: 7rem; height: 7rem; flex: none }
+:root { color-scheme: light dark } td, th { padding: .2rem .6rem }
+body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-x: auto }
 </style>"""
 
 
@@ -705,15 +701,16 @@ def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
             groups.setdefault(row[2], []).append(row)
     for name, members in list(groups.items())[:40]:
         members.sort(key=lambda row: -row[4])
-        parts.append(f"<h3>{escape(name)}</h3>")
+        parts.append(f"<h3>{escape(name)}</h3><table>")
         for path, _, _, report, cosine, _, text in members[::max((len(members) - 1) // 3, 1)][:4]:
             image, file = Tiles([path], [0], [name])[0][0], io.BytesIO()
             image.thumbnail((112, 112))
             image.save(file, "JPEG")
             jpeg = b64encode(file.getvalue()).decode()
-            parts.append(f"<div class=pair><img alt='' src='data:image/jpeg;base64,{jpeg}'><p>"
+            parts.append(f"<tr><td><img alt='' src='data:image/jpeg;base64,{jpeg}'><td>"
                          f"<b>{cosine:.3f}</b> report {report}: {escape(text[:500])}<br>"
-                         f"{escape(path)}</p></div>")
+                         f"{escape(path)}")
+        parts.append("</table>")
     write(run / "report.html", "\n".join(parts))
 
 
@@ -724,7 +721,7 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
         cells = [f"<td style='background:rgb(0 120 200/{count / max(sum(row), 1):.2f})'>{count}"
                  for count in row]
         lines.append(f"<th>{escape(name)}{''.join(cells)}")
-    return f"<div class=wide><table><tr>{'<tr>'.join(lines)}</table></div>"
+    return f"<table><tr>{'<tr>'.join(lines)}</table>"
 
 
 # ---- --table: finished runs, a line a variant ----

@@ -389,7 +389,7 @@ class Page(HTMLParser):
         self.feed(self.source)
         assert "script" not in self.tags and not re.search(r"url\(|@import", self.source)
         self.rows = [[html.unescape(cell) for cell in re.findall("<t[hd][^>]*>([^<]*)", row)]
-                     for row in self.source.split("<tr>")[1:]]
+                     for row in self.source.split("<tr>") if row.startswith("<th>")]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -409,7 +409,7 @@ def test_the_page_shows_the_figures_of_the_run_and_its_pairs(finished):
     counts = [[int(count) for count in row[1:]] for row in page.rows[1:]]
     assert page.rows[0] == ["true \\ predicted", "A", "B", "C"]
     assert counts == finished.metrics["rows"]["CLIP-IT"]["confusion"]
-    shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*?)</p>", page.source)
+    shown = re.findall(r"<b>(.*?)</b> report (\d+): (.*?)<br>(.*)", page.source)
     assert len(shown) == page.tags.count("img") == 3 * 4  # four tiles of each class
     for similarity, number, text, tile in shown:
         row = pairs[html.unescape(tile)]
