@@ -37,17 +37,14 @@ from lora import merge_lora
 
 class ClipIT(nn.Module):
     """The model that is trained. backbone: images -> v (B, vision_dim); text_tower: tokens -> t
-    (B, text_dim), None for a fixed text; kd_layers: of h_d, 1 or 2; fused=False: h_v alone."""
+    (B, text_dim), None for a fixed text; kd_layers: of h_d, 1 or 2."""
 
     def __init__(self, backbone: nn.Module, text_tower: nn.Module | None, num_classes: int,
-                 vision_dim: int, text_dim: int, kd_layers: int = 1, fused: bool = True,
-                 random_fusion: bool = False):
+                 vision_dim: int, text_dim: int, kd_layers: int = 1, random_fusion: bool = False):
         super().__init__()
-        self.backbone, self.text_tower, self.fused = backbone, text_tower, fused
+        self.backbone, self.text_tower = backbone, text_tower
         self.sizes = dict(vision_dim=vision_dim, text_dim=text_dim, kd_layers=kd_layers)
         self.vision_head = nn.Linear(vision_dim, num_classes)  # h_v
-        if not fused:
-            return
         self.distill_head = nn.Linear(vision_dim, text_dim)  # h_d
         if kd_layers == 2:
             self.distill_head = text_classifier(vision_dim, text_dim)
@@ -58,10 +55,8 @@ class ClipIT(nn.Module):
             self.fusion.weight.data[:] = torch.eye(num_classes).repeat(1, 2)
             nn.init.zeros_(self.fusion.bias)
 
-    def fuse(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fuse(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """v (B, vision_dim) -> logits (B, C), t-hat (B, text_dim)."""
-        if not self.fused:
-            return self.vision_head(v), None
         t_hat = self.distill_head(v)
         return self.fusion(torch.cat([self.vision_head(v), self.text_head(t_hat)], dim=1)), t_hat
 
@@ -73,7 +68,7 @@ class ClipIT(nn.Module):
         """Images, tokens (B, L) -> logits (B, C), t-hat and t (B, text_dim)."""
         return *self.fuse(self.backbone(images)), self.text_tower(tokens)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> v (B, vision_dim), t-hat (B, text_dim)."""
         v = self.backbone(images)
         return v, self.fuse(v)[1]
@@ -87,8 +82,8 @@ class ClipIT(nn.Module):
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":
         """A copy with LoRA merged and without the text tower."""
-        config = self.backbone.recipe | self.sizes | {"fused": self.fused}
-        classifier = Classifier(dict(config, classes=classes, run=run))
+        config = self.backbone.recipe | self.sizes | {"classes": classes, "run": run}
+        classifier = Classifier(config)
         for name, part in self.named_children():
             if name != "text_tower":
                 getattr(classifier, name).load_state_dict(merge_lora(part).state_dict())
@@ -120,7 +115,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
     def __init__(self, config: dict):
         backbone = build_backbone(config["architecture"], config["model_args"])
         super().__init__(backbone, None, len(config["classes"]), config["vision_dim"],
-                         config["text_dim"], config["kd_layers"], config["fused"])
+                         config["text_dim"], config["kd_layers"])
         self.config, self.classes = config, config["classes"]
         self.transform = tile_transform(config["size"], config["mean"], config["std"])
         self.preprocess = self.transform
@@ -157,7 +152,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         shutil.copymode(*(Path(save_directory, name) for name in self.FILES))
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        return ModelCard(Template(CARD).render(self.config, rows=BACKBONES))
+        return ModelCard(Template(CARD).render(self.config))
 
 
 CARD = """---
@@ -175,9 +170,7 @@ text model is in it. In this folder, with clipit.py and lora.py:
     from clipit import Classifier
     Classifier.from_pretrained(".").predict([Image.open("tile.png")])  # (1, {{ classes | length }})
 
-- **Backbone**: {{ backbone_id }}
-{%- if rows[backbone_id] %} (https://huggingface.co/{{ rows[backbone_id].source.hf_hub_id }})
-{%- endif %}; licence of its weights, which covers what is made of them: **{{ licence }}**
+- **Backbone**: {{ backbone_id }}; the licence of its weights covers this model: **{{ licence }}**
 - **Tiles**: {{ run.side or "unknown" }} pixels, {{ run.mpp or "unknown" }} micrometres per pixel
 {%- if run.data %}
 - **Data**: {{ run.data }}; licence: {{ run.licence }}
@@ -271,8 +264,8 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
         given = f" --weights {weights}" * bool(weights) + f" --tile-size {size}" * bool(size)
         raise ValueError(
             f"--model {name}{given}: could not be loaded ({_reason(error)})\nchoose a timm id, "
-            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; a gated "
-            "one: ask at https://huggingface.co/MahmoodLab/UNI or its like, then `hf auth login`"
+            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; a "
+            "gated one: ask at huggingface.co/MahmoodLab/UNI or its like, then `hf auth login`"
         ) from None
     known = name in BACKBONES or not weights  # a file under another name can be anyone's
     licence = known and backbone.pretrained_cfg.get("license") or "see the backbone"
@@ -309,7 +302,7 @@ def tile_transform(size: int, mean, std):
     crop_pct: a tile's border is tissue like its centre."""
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"{mean=}, {std=}; expected three numbers each")
-    return v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size),
+    return v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 

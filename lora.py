@@ -10,8 +10,8 @@ Hu et al. 2021, arXiv 2106.09685, eq. 3. A or B starts at zero: injection change
 
 `forward` runs the branch, base(x) + s * B(A(x)): cheaper than the sum W + s*B*A, where bf16 would
 round a small s*B*A away. `weight` is the sum, for code that reads it and never calls the layer
-(nn.MultiheadAttention's out_proj, nn.TransformerEncoderLayer in eval): given W, an adapter there
-silently does nothing, as in the authors' runs. Bare Parameters (in_proj_weight) stay.
+(nn.MultiheadAttention's out_proj): given W, an adapter there silently does nothing, as in the
+authors' runs. Bare Parameters (in_proj_weight) stay.
 """
 import copy
 import math

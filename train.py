@@ -79,7 +79,7 @@ def main(argv=None) -> dict:
     t = {split: text_emb[pairs[split]] for split in SPLITS}  # (N, d)
     text_head = text_classifier(clip.dim, len(classes))
     p["text head"] = train_head("text head", text_head, t, labels, args.sd)
-    if args.baseline == "clip-probe":  # what the features know by which the reports were found
+    if args.clip_probe:  # what the features know by which the reports were found
         probe = nn.Linear(clip.dim, len(classes))
         p["CLIP linear probe"] = train_head("CLIP linear probe", probe, image_emb, labels, args.sd)
 
@@ -152,7 +152,8 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             line |= {key: value.item() / (step - state["step"]) for key, value in sums.items()}
             line |= validate(model, tiles["val"], pairs["val"], text, args)
-            weights = trained_state(model)
+            weights = {name: p.detach().cpu().clone()  # of the adapters and heads
+                       for name, p in model.named_parameters() if p.requires_grad}
             update_state(state, line, weights, run, args)
             save_training(run, state, weights, optimizer, args)
             if step // val_steps % args.log == 0 or step == total or state["stopped"]:
@@ -290,26 +291,23 @@ def load_models(args):
 
 
 def load_data(backbone: nn.Module, args):
-    """(tiles, labels, reports): split -> Tiles as the backbone sees them, split -> (N,), report ->
-    its place in the source."""
+    """split -> Tiles as the backbone sees them, split -> labels (N,), report -> its place."""
     if args.download:
         download(args.ds, args.reports)
-    reports, tiles = read_reports(args.reports), {}
-    for split in SPLITS:
-        part = load_tiles(args.ds, split, transform=backbone.preprocess)
-        if args.limit:
-            part = part.take(draw_shots(part.labels, args.limit, args.sd))
-        if args.shots and split == "train":
-            part = part.take(draw_shots(part.labels, args.shots, args.sd))
-        tiles[split] = part
-        print(f"{args.ds}: {len(part)} {split} tiles of {len(part.classes)} classes")
+    reports = read_reports(args.reports)
+    tiles = {split: load_tiles(args.ds, split, transform=backbone.preprocess) for split in SPLITS}
+    if args.shots:
+        train = tiles["train"]
+        tiles["train"] = train.take(draw_shots(train.labels, args.shots, args.sd))
+    sizes = ", ".join(f"{len(tiles[split])} {split}" for split in SPLITS)
+    print(f"{args.ds}: {sizes} tiles of {len(tiles['test'].classes)} classes")
     warn_of_repeated_tiles(tiles)
     return tiles, {split: torch.tensor(tiles[split].labels) for split in SPLITS}, reports
 
 
 def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor]:
-    """split -> what the frozen model ("CLIP", "backbone") gives for its tiles, (N, ...). CLIP's are
-    the first look at every tile: one that cannot be read ends the run there."""
+    """split -> what the frozen model "CLIP" or "backbone" gives for its tiles, (N, ...). An
+    unreadable tile ends the run here, by CLIP's."""
     features = {}
     for split in SPLITS:
         images = tiles[split].with_transform(preprocess)
@@ -331,8 +329,7 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
     torch.manual_seed(args.sd)
     lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
     model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
-                   vision_head.in_features, clip.dim, args.kd_layers,
-                   fused=args.baseline != "lora", random_fusion=args.authors)
+                   vision_head.in_features, clip.dim, args.kd_layers, args.authors)
     model.vision_head.load_state_dict(vision_head.state_dict())
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing(True)
@@ -348,8 +345,8 @@ def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> Clip
 
 def batches(title: str, tiles: Tiles, args, pairs: Tensor | None = None, order=None):
     """(images (B, 3, H, W), labels (B,), report (B,), share) on the device for every batch of
-    indices in `order`, unset all in turn; of many processes each gets its tiles of a batch, and
-    their share of it. One that has none computes the first, for nothing."""
+    indices in `order`, unset all in turn; each process gets its tiles of a batch and their share of
+    it. One that has none computes the first, for nothing."""
     if pairs is None:
         pairs = torch.zeros(len(tiles), dtype=torch.long)
     if order is None:
@@ -365,8 +362,8 @@ def batches(title: str, tiles: Tiles, args, pairs: Tensor | None = None, order=N
 
 
 def text_of(clip, reports, text_emb: Tensor, args, epoch: int | None = None):
-    """(features (M, d), tokens (M, L), None where the text is fixed) of all reports on the device;
-    in an epoch under --drop-words, of what is left of each."""
+    """(features (M, d), tokens (M, L) or None for a fixed text) of all reports, on the device; in
+    an epoch under --drop-words, of what is left of them."""
     texts = list(reports)
     if epoch is not None:
         texts = [drop_words(text, args.drop_words, f"{args.sd} {epoch} {i}")
@@ -379,7 +376,7 @@ def text_of(clip, reports, text_emb: Tensor, args, epoch: int | None = None):
 
 
 def drop_words(report: str, share: float, seed: str) -> str:
-    """The report without `share` of its words, drawn at random by seed; one word stays at least."""
+    """The report without `share` of its words, drawn by seed; one stays at least."""
     words = report.split()
     count = max(round(len(words) * (1 - share)), 1)
     return " ".join(words[i] for i in sorted(random.Random(seed).sample(range(len(words)), count)))
@@ -399,13 +396,11 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
 
 
 def gather(rows: Tensor, n: int) -> Tensor:
-    """All n rows in order, on the CPU, of what each process has: a sum with zeros."""
-    if WORLD > 1:
-        padded = torch.zeros(n, *rows.shape[1:], device=rows.device)
-        padded[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))]
-        sum_over_processes([padded])
-        rows = padded
-    return rows.cpu()
+    """All n rows in order, on the CPU, of what each process has."""
+    gathered = torch.empty(n, *rows.shape[1:])
+    for rank, part in enumerate(from_all(rows.cpu())):
+        gathered[rank::WORLD] = part[:len(gathered[rank::WORLD])]
+    return gathered
 
 
 def from_all(fact) -> list:
@@ -418,17 +413,17 @@ def from_all(fact) -> list:
 
 # ---- A run's folder and its files ----
 
-# What says where and how a run is made, not what it is, may change when it goes on
+# Where and how a run is made, not what it is: may change when it goes on
 PLACES = ("dir", "output", "run", "download", "worker", "device", "overwrite", "log", "table",
-          "against", "wandb", "grad_checkpointing")
+          "against", "wandb", "grad_checkpointing", "inputs", "lock")
 # What a run writes, and --overwrite removes
 RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", "report.html",
            "args.json", "classifier", ".tmp*")
 
 
 def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
-    """Make DIR/OUTPUT/RUN with args.json, or go on in it. Raises ValueError, and changes nothing,
-    where it holds a run of other flags or inputs, or another process is at it."""
+    """Make DIR/OUTPUT/RUN with args.json, or go on in it. ValueError, and nothing is changed, where
+    it holds a run of other flags or inputs; OSError where another process is at it."""
     run = Path(args.dir, args.output, args.run)
     preprocess = re.sub(" at 0x[0-9a-f]+", "", repr(clip.preprocess))  # functions' addresses
     inputs = {"reports": sha256(list(reports)),
@@ -441,18 +436,15 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
         inputs[f"{split} tiles"] = sha256(paths, tiles[split].labels, times)
     args.inputs = inputs
     if any(theirs != inputs for theirs in from_all(inputs)):
-        raise ValueError("the processes of the run see different tiles, reports or weights; give "
-                         "all of them the same files")
+        raise ValueError("the processes see different tiles, reports or weights; give all the same")
     if RANK:
         return run
-    args.lock = lock(run / ".lock", f"{run}: another process is at this run; wait for it, or give "
-                     "another --run")
+    args.lock = lock(run / ".lock", f"{run}: another process is at this run; give another --run")
     for name in RESULTS if args.overwrite else (".tmp*",):  # the latter of a run that was killed
         for path in run.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    config = {key: value for key, value in vars(args).items() if key not in PLACES}
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
-    config = {key: value for key, value in vars(args).items()
-              if key not in (*PLACES, "inputs", "lock")}
     facts = {"config": config, "inputs": inputs, "versions": {x: version(x) for x in packages}}
     if (run / "args.json").exists():
         first = read_json(run / "args.json", facts.keys())
@@ -482,8 +474,7 @@ def sha256(*parts) -> str:
 
 
 def cached(inputs: list[str], args, compute) -> Tensor:
-    """compute()'s tensor, kept in DIR/cache, which may be removed at any time, under the hashes of
-    the inputs it depends on."""
+    """compute()'s tensor, kept in DIR/cache under the hashes of the inputs it depends on."""
     title, hashes = " ".join(inputs), "-".join(args.inputs[name] for name in inputs)
     path = Path(args.dir, "cache", f"{slug(title)}-{hashes}.pt")
     tensor = read_torch(path)
@@ -530,7 +521,7 @@ def read_torch(path: Path):
 
 
 def read_json(path: Path, keys) -> dict:
-    """What a run has written there, with those keys; otherwise ValueError with the path."""
+    """What a run has written there; ValueError where it lacks one of the keys."""
     try:
         facts = json.loads(path.read_text("utf-8"))
         return {key: facts[key] for key in keys} | facts
@@ -540,7 +531,7 @@ def read_json(path: Path, keys) -> dict:
 
 
 def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
-    """Where training stands: what last.pt says, where it is there, otherwise at its start."""
+    """Where training stands, by last.pt or at its start."""
     saved = read_torch(run / "last.pt")
     if saved is None:
         return {"step": 0, "waited": 0, "stopped": False, "best": None, "log": []}
@@ -554,11 +545,11 @@ def update_state(state: dict, line: dict, weights: dict[str, Tensor], run: Path,
     """Keep the model of the best --monitor; --early stops after --patience looks without a better
     one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
     if not all(map(math.isfinite, line.values())):
-        raise FloatingPointError(f"not finite at step {line['step']}: {shown(line)}; try a lower "
-                                 f"--lr\n{run / 'last.pt'} holds the validation before, if any")
+        raise FloatingPointError(f"not finite: {shown(line)}; try a lower --lr\n"
+                                 f"{run / 'last.pt'} holds the validation before, if any")
     collapsed = [x for x in [*state["log"], line] if x.get("text_spread", 1) < 0.1]
     if args.lora_text and collapsed == [line]:  # for the first time
-        print("the reports' features have collapsed to nearly one direction (text_spread < 0.1): "
+        print("the reports' features have collapsed to one direction (text_spread < 0.1), and "
               "little is left to distil; --lora-text 0 keeps them")
     value, gain = line.get(args.monitor, line["step"]), math.inf
     if state["best"] and args.monitor != "last":
@@ -582,12 +573,6 @@ def save_training(run: Path, state: dict, weights: dict[str, Tensor], optimizer,
         import wandb
         tracker = wandb.run or wandb.init(project="clip-it", name=run.name, config=vars(args))
         tracker.log(state["log"][-1], step=state["step"])
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained parameters: LoRA and heads."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()
-            if p.requires_grad}
 
 
 def progress(title: str, items, total: int):
@@ -617,8 +602,7 @@ def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) ->
 
 
 def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
-    """path, target, pred and class_0 ... (probabilities), the authors' column names; the classes'
-    own names beside them."""
+    """The authors' columns, path, target, pred, class_0 ... (probabilities), and class names."""
     columns = [f"class_{i}" for i in range(p.shape[1])]
     rows = [["path", "target", "pred", "target_class", "pred_class", *columns]]
     for path, label, row in zip(tiles.paths, tiles.labels, p):
@@ -628,7 +612,7 @@ def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
 
 
 def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args) -> None:
-    """classifier/ with what config.json and the model card tell of the run, without its paths."""
+    """classifier/, which tells of the run in config.json and the model card, without its paths."""
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
              "licence": row.get("licence", "not known here"), "variant": args.variant,
@@ -684,8 +668,8 @@ body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-x: aut
 
 
 def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
-    """report.html, without scripts: results, confusion and the log of training, once there are any;
-    training tiles beside their reports, of every class from the highest cosine to the lowest."""
+    """report.html: results, confusion and the log of training, once there are any; of every class
+    four training tiles beside their reports, from the highest cosine down."""
     title, groups = escape(f"{run.parent.name}/{run.name}"), {}
     parts = [f"{HEAD}<title>{title}</title><h1>{title}</h1>"]
     if metrics:
@@ -727,14 +711,14 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
 # ---- --table: finished runs, a line a variant ----
 
 ROWS = ("vision head", "text head", "CLIP linear probe", "validation", "trained", "complementarity")
-# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; the last for more, too
+# 97.5 % quantiles of Student's t, of 1 to 9 degrees of freedom; the last for more, too
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def table(folder: Path, against: str) -> dict:
-    """A line for each data set, backbone and set of flags of the finished runs below `folder`:
+    """A line, printed and in table.csv, for each data set, backbone, set of flags of finished runs:
     balanced accuracy in %, mean ± sd over n seeds, and its difference to the runs --against and
-    without a flag, paired by seed, with 95 % t intervals. Printed as markdown, and table.csv."""
+    those without a flag, paired by seed, with 95 % t intervals."""
     groups: dict[tuple, dict] = {}  # (ds, model) -> flags -> seed -> row -> %
     for path in sorted(folder.rglob("metrics.json")):
         metrics = read_json(path, {"rows", "complementarity", "best"})
@@ -789,10 +773,10 @@ def difference(runs: dict, reference: dict) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message}; python train.py --help lists the flags")
+        raise ValueError(f"{message}; see python train.py --help")
 
 
-def within(low: float, high: float = 1e9):
+def within(low: float, high: float):
     """An argparse type: numbers from low to high; integers where low is one."""
     def number(text):
         value = type(low)(text)
@@ -802,77 +786,73 @@ def within(low: float, high: float = 1e9):
     return number
 
 
-COUNT, WHOLE, POSITIVE, FROM_0 = within(1), within(0), within(1e-9), within(0.0)
-SHARE, BELOW_1 = within(0.001, 0.999), within(0.0, 0.99)
-
-
 def build_parser() -> Parser:
     parser = Parser("train.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def flag(name, default, help, type=str, **kwargs):
-        parser.add_argument(f"--{name}", default=default, help=help, type=type, **kwargs)
+    def flag(name, default, help, low=None, high=1e9, **kwargs):
+        if low is not None:
+            kwargs["type"] = within(low, high)
+        parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
 
     def switch(name, help):
         parser.add_argument(f"--{name}", action="store_true", help=help)
 
     one = dict(type=int, choices=(0, 1), nargs="?", const=1)  # --early, --early 1
-    flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/ and perhaps val/")
-    flag("reports", None, f".txt with a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
-    switch("download", "fetch what is missing of the data set and the reports to data/")
+    flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/, perhaps val/")
+    flag("reports", None, f".txt of a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
+    switch("download", "fetch what is missing of the data and reports to data/")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
     flag("weights", None, "local weights of the backbone, or `none` for random ones")
-    flag("tile-size", None, "pixels that the backbone sees; unset, its own", within(8, 4096))
+    flag("tile-size", None, "pixels; unset, the backbone's own", 8, 4096)
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
     flag("clip-weights", None, "local weights of the pairing model, or `none`")
-    flag("mpp", None, "micrometres a pixel, for whole slides", within(0.01, 100.0))
+    flag("mpp", None, "micrometres a pixel, for whole slides", 0.01, 100.0)
     flag("dir", "runs", "a run is DIR/OUTPUT/RUN")
     flag("output", None, "unset, the name of the data set")
-    flag("run", None, "unset, the flags that differ from their defaults")
+    flag("run", None, "unset, the flags that are not the defaults")
     switch("overwrite", "begin the run anew")
-    flag("sd", 0, "seed", WHOLE)
-    flag("shots", None, "training tiles of each class, drawn by the seed", COUNT)
-    flag("limit", None, "share of each class and split, for a quick try", SHARE)
-    flag("batch", 64, "tiles a step", COUNT)
-    flag("lr", 1e-3, "of Adam", POSITIVE)
-    flag("weight-decay", 1e-4, "L2 in the gradient", FROM_0)
-    flag("ep", 20, "epochs; 0: pairs and heads alone", WHOLE)
-    flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", WHOLE)
-    flag("clip", 0.5, "largest norm of the gradient; 0: no limit", FROM_0)
+    flag("sd", 0, "seed", 0)
+    flag("shots", None, "training tiles a class, drawn by the seed", 1)
+    flag("batch", 64, "tiles a step", 1)
+    flag("lr", 1e-3, "of Adam", 1e-9)
+    flag("weight-decay", 1e-4, "L2 in the gradient", 0.0)
+    flag("ep", 20, "epochs; 0: pairs and heads alone", 0)
+    flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", 0)
+    flag("clip", 0.5, "largest norm of the gradient; 0: no limit", 0.0)
     flag("scheduler", 0, "1: cosine by step down to a tenth", **one)
-    flag("lora-r", 16, "rank", COUNT)
-    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", POSITIVE)
-    flag("lora-dropout", 0.0, "before the down projection", BELOW_1)
+    flag("lora-r", 16, "rank", 1)
+    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", 1e-9)
+    flag("lora-dropout", 0.0, "before the down projection", 0.0, 0.99)
     flag("lora-text", 0, "1: train the text tower too, as the paper does", **one)
     flag("lora-vision", 1, "0: the backbone stays as it is", **one)
     flag("lora-targets", [*TARGETS], "layers that LoRA adapts", nargs="+", choices=[*TARGETS])
     switch("no-lin", "--lora-targets conv2d embedding")
-    flag("kd-layers", 1, "layers of h_d", int, choices=(1, 2))
-    flag("kd-weight", 1.0, "lambda", FROM_0)
+    flag("kd-layers", 1, "layers of h_d", type=int, choices=(1, 2))
+    flag("kd-weight", 1.0, "lambda", 0.0)
     switch("no-text", "ablation: all but the distillation")
-    flag("drop-words", 0.0, "share of each report's words, anew each epoch", BELOW_1)
-    switch("authors", "the authors' code as far as it can be had: --lora-text 1 --ep 1 --monitor "
-           "last, double softmax, random fusion")
-    flag("val-int", 1.0, "epochs between validations", POSITIVE)
+    flag("drop-words", 0.0, "share of each report's words, anew each epoch", 0.0, 0.99)
+    switch("authors", "as the authors' code: --lora-text 1 --ep 1 --monitor last, double softmax, "
+           "random fusion")
+    flag("val-int", 1.0, "epochs between validations", 1e-9)
     flag("monitor", "val_bacc", "what chooses the state that is tested",
          choices=("val_loss", "val_ce", "val_acc", "val_bacc", "last"))
     flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
     flag("early", 0, "1: stop when --monitor stands still", **one)
-    flag("patience", 5, "validations that --early waits", COUNT)
-    flag("delta", 0.0, "what counts as an improvement for --early", FROM_0)
-    flag("chkpnt", 0, "1: keep the trained state of every validation", **one)
-    flag("log", 1, "validations for each printed line", COUNT)
-    flag("baseline", None, "lora: LoRA and a plain head in place of CLIP-IT; clip-probe: a row for "
-         "a head on CLIP's image features", choices=("lora", "clip-probe"))
-    flag("wandb", 0, "1: log to Weights & Biases too", **one)
+    flag("patience", 5, "validations that --early waits", 1)
+    flag("delta", 0.0, "least improvement for --early", 0.0)
+    flag("chkpnt", 0, "1: keep every validation's state", **one)
+    flag("log", 1, "validations a printed line", 1)
+    switch("clip-probe", "also a linear head on CLIP's image features")
+    flag("wandb", 0, "1: also to Weights & Biases", **one)
     flag("table", None, "print the finished runs below this folder and write its table.csv")
     flag("against", "no-text", "what --table compares with, by flags")
-    switch("grad-checkpointing", "less memory for more time in training")
+    switch("grad-checkpointing", "less memory, more time")
     return parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """The authors' flag names, with - or _. A data set's own defaults are in its row."""
+    """Flags with - or, as the authors write them, _. A data set's own defaults are in its row."""
     words = sys.argv[1:] if argv is None else map(str, argv)
     words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
     parser = build_parser()
@@ -885,11 +865,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def complete(args, parser: Parser) -> argparse.Namespace:
-    """What follows from the flags: device, the run's name, its row in the table."""
+    """What follows from the flags."""
     if args.reports is None:
         raise ValueError(f"--ds {args.ds} needs --reports; {', '.join(DATASETS)} have their own")
     if args.ds in DATASETS and Path(args.ds).is_dir():
-        print(f"--ds {args.ds} is the data set of that name, not the folder; that is ./{args.ds}")
+        print(f"--ds {args.ds} is the data set of that name; the folder is ./{args.ds}")
     if args.wandb:
         import wandb  # noqa: F401: where it is missing, the run ends here
     differ = {}  # the run's name tells the flags that differ from the data set's defaults
@@ -904,8 +884,6 @@ def complete(args, parser: Parser) -> argparse.Namespace:
         args.lora_targets = ["conv2d", "embedding"]
     args.mod = args.mod or ("max" if args.monitor.endswith("acc") else "min")
     args.variant = "CLIP-IT without text" if args.no_text else "CLIP-IT"
-    if args.baseline == "lora":
-        args.no_text, args.variant = True, "LoRA with a plain head"
     cuda = torch.cuda.is_available()
     args.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     return args
@@ -920,7 +898,7 @@ SIGNALS: list[int] = []  # that have asked for an end
 
 
 def ask_to_end(number: int, frame) -> None:
-    """SIGINT and SIGTERM end the run at its next batch, a second one at once."""
+    """Of SIGINT and SIGTERM: the run ends at its next batch."""
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     if WORLD == 1:
@@ -928,19 +906,19 @@ def ask_to_end(number: int, frame) -> None:
 
 
 def leave_signals(worker: int) -> None:
-    """In a process that decodes tiles: Ctrl-C is the run's, which ends its workers by SIGTERM. It
-    must look like an end of their own, which torch does not take for a crash."""
+    """In a worker: Ctrl-C is the run's, which ends its workers by SIGTERM. That must look like an
+    end of their own, which torch does not take for a crash."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def cli() -> None:
-    """main() for people: bad input is one or two lines on stderr and exit code 2."""
+    """main(); bad input is one or two lines on stderr and exit code 2."""
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_end)
-    code, again = 2, "the same command goes on from the last validation"
+    code, again = 2, "the same command goes on"
     try:
         main()
         if WORLD > 1:

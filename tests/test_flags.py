@@ -43,7 +43,7 @@ def test_a_run_is_named_after_the_flags_that_differ_and_authors_are_one(
     args = train.parse_args(["--lora_r", "4", "--kd_layers=2", "--no_text"])
     assert (args.lora_r, args.kd_layers, args.no_text, args.ds) == (4, 2, True, "demo")
     assert args.run == "lora-r-4_kd-layers-2_no-text"
-    assert train.parse_args([]).run == "base" and "not the folder" in capsys.readouterr().out
+    assert train.parse_args([]).run == "base" and "the folder is ./demo" in capsys.readouterr().out
     args = train.parse_args(["--ds", tmp_path, "--reports", "reports.txt"])
     assert (args.model, args.clip_model) == ("UNI", "conch")
     args = train.parse_args(["--authors"])

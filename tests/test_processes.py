@@ -63,7 +63,7 @@ def test_two_processes_stop_together_and_give_what_one_gives_and_end_together(ar
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     for process in (0, 1):
-        assert f"process {process}: the processes of the run see different tiles" in done.stdout
+        assert f"process {process}: the processes see different tiles" in done.stdout
     assert not (folder_of([*argv, "--run", "other"]) / "args.json").exists()
 
     assert "going on from step 2" in done.stdout, done.stderr
