@@ -144,7 +144,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             missing = "" if folder else "no such folder; on the hub "
             raise ValueError(
                 f"{source}: no classifier could be loaded ({missing}{_reason(error)})\nexpected "
-                "config.json and model.safetensors in a run's folder or on the hub") from None
+                f"{' and '.join(cls.FILES)} in a run's folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
         super().save_pretrained(save_directory, **kwargs)
@@ -319,8 +319,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def whole(path: Path):
-    """A temporary path for a file or folder that replaces `path` in the end. Whatever ends the
-    program, `path` is never half-written. OSError where it cannot be written."""
+    """A temporary path for a file or folder that replaces `path` in the end, whole or not at all,
+    whatever ends the program. OSError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
@@ -332,8 +332,8 @@ def whole(path: Path):
             part.replace(path)
         _sync(path.parent)
     except Exception as error:  # safetensors' are of its own kind
-        raise OSError(f"{path}: could not be written ({_reason(error)})\nmake room there or choose "
-                      "another place; the same command can be given again") from None
+        raise OSError(f"{path}: could not be written ({_reason(error)})\nmake room or take another "
+                      "place, and give the same command again") from None
 
 
 def _sync(*paths: Path) -> None:

@@ -112,10 +112,10 @@ def draw_shots(labels, shots, seed) -> list[int]:
 
 
 def warn_of_repeated_tiles(tiles: dict[str, Tiles]) -> None:
-    """Print how many tiles, of all splits, are the file of another one, links followed."""
+    """Print how many tiles of all splits are another one's file, links followed."""
     files = [os.path.realpath(path) for part in tiles.values() for path in part.paths]
     if repeated := len(files) - len(set(files)):
-        print(f"warning: {repeated} of {len(files)} tiles are the file of another tile")
+        print(f"warning: {repeated} of {len(files)} tiles are another tile's file")
 
 
 def tile_side(tiles: Tiles) -> int | None:
@@ -191,8 +191,8 @@ def _report_texts(path):
         for file in sorted(path.rglob("*.[tT][xX][tT]")):
             yield str(file.relative_to(path.parent)), " ".join(file.read_text("utf-8-sig").split())
     elif kind not in (".txt", ".csv", ".jsonl") or not path.exists():
-        raise FileNotFoundError(f"--reports {path}: expected .txt, .csv, .jsonl, a folder "
-                                f"of .txt or, by --download, {', '.join(REPORTS)}")
+        raise FileNotFoundError(f"--reports {path}: expected .txt, .csv, .jsonl, folder of .txt "
+                                f"or, by --download, {', '.join(REPORTS)}")
     elif kind == ".csv":
         csv.field_size_limit(2 ** 31 - 1)  # its own limit is 131,072 characters
         with open(path, encoding="utf-8-sig", newline="") as file:

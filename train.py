@@ -147,7 +147,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             if step % val_steps and step < total:
                 continue
 
-            # ---- Look at the validation split, keep the best state, write what going on needs
+            # ---- Validate, keep the best state, write what going on needs
             sum_over_processes(list(sums.values()))
             line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             line |= {key: value.item() / (step - state["step"]) for key, value in sums.items()}
@@ -179,7 +179,7 @@ def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tok
         t = t_hat = None
     elif tokens is None:  # a fixed text is looked up
         t = text_emb[report]
-    else:  # tiles share reports: each distinct one is encoded once
+    else:  # each distinct report of the batch is encoded once
         distinct, row = report.unique(return_inverse=True)
         t = model.text_tower(tokens[distinct])[row]
     if args.authors:  # theirs: cross-entropy takes probabilities for logits
@@ -189,8 +189,8 @@ def forward(model: ClipIT, images: Tensor, report: Tensor, text_emb: Tensor, tok
 
 @torch.no_grad()
 def validate(model: ClipIT, tiles: Tiles, pairs: Tensor, text: tuple, args) -> dict:
-    """The loss, its parts and accuracies over the whole validation split. The prediction uses the
-    image alone; the reports enter the distillation part of the loss."""
+    """Losses and accuracies of the validation split. Predictions are of the image alone; the
+    reports enter the distillation part of the loss."""
     model.eval()
     rows = [forward(model, images, report, *text, args)
             for images, _, report, _ in batches("validation", tiles, args, pairs)]
@@ -213,9 +213,9 @@ def train_head(name: str, head: nn.Module, features: dict[str, Tensor], labels: 
     """Train a head on features, split -> (N, D), and labels, split -> (N,); returns the test
     split's probabilities (N, C).
 
-    AdamW 3e-4, batch 256 and 12,500 steps at most, as kaiko-eva 0.1.2 trains its linear probe.
-    Ours: of 100 looks at the validation loss (its: accuracy) the state of the lowest is kept, and
-    `patience` looks without a lower one end it.
+    AdamW 3e-4, batch 256, 12,500 steps at most, as kaiko-eva 0.1.2 trains its linear probe. Ours:
+    the state of the lowest of 100 validation losses (its: accuracy) is kept, and `patience` of them
+    without a lower one end it.
     """
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(seed)
@@ -258,8 +258,8 @@ def scores(p: Tensor, labels: Tensor) -> dict:
 
 
 def complementarity(vision: Tensor, text: Tensor, labels: Tensor) -> dict:
-    """Fig. 3: the tiles that the text model gets right and the vision model wrong: their number,
-    their share of all tiles and of the vision model's errors. vision, text: p (N, C)."""
+    """Fig. 3: the tiles that the text model gets right and the vision model wrong, their number and
+    shares. vision, text: p (N, C)."""
     wrong = vision.argmax(dim=1) != labels
     gained = (wrong & (text.argmax(dim=1) == labels)).double()  # (N,)
     return {"tiles": int(gained.sum()), "share": gained.mean().item(),
@@ -282,9 +282,9 @@ def load_models(args):
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.backends.cudnn.allow_tf32 = False  # fp32 throughout, as in the authors' code
-    torch.manual_seed(args.sd)  # of random weights, where they are asked for
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time
+    torch.backends.cudnn.allow_tf32 = False  # fp32 throughout
+    torch.manual_seed(args.sd)  # of random weights
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
     backbone = load_backbone(args.model, args.weights, args.tile_size)
     return clip, backbone.to(args.device)
@@ -306,8 +306,7 @@ def load_data(backbone: nn.Module, args):
 
 
 def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor]:
-    """split -> what the frozen model "CLIP" or "backbone" gives for its tiles, (N, ...). An
-    unreadable tile ends the run here, by CLIP's."""
+    """split -> the frozen model's features (N, ...). An unreadable tile ends the run here."""
     features = {}
     for split in SPLITS:
         images = tiles[split].with_transform(preprocess)
@@ -318,14 +317,14 @@ def tile_features(name: str, model, preprocess, tiles, args) -> dict[str, Tensor
 
 @torch.no_grad()
 def outputs(title: str, model, tiles: Tiles, args) -> Tensor:
-    """model(images (B, 3, H, W)) of all tiles, (N, ...), in fp32, on the CPU."""
+    """model(images (B, 3, H, W)) of all tiles, (N, ...), on the CPU."""
     rows = [model(images) for images, *_ in batches(title, tiles, args)]
     return gather(torch.cat(rows), len(tiles))
 
 
 def build_model(backbone: nn.Module, clip, vision_head: nn.Linear, args) -> ClipIT:
-    """ClipIT, with LoRA by --lora-vision and --lora-text. Seeded anew, and the text side last: with
-    and without text, everything else starts from the same numbers."""
+    """ClipIT with LoRA. Seeded anew, and the text side last: with and without text, everything else
+    starts from the same numbers."""
     torch.manual_seed(args.sd)
     lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets
     model = ClipIT(backbone.requires_grad_(False), None, vision_head.out_features,
@@ -422,8 +421,8 @@ RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", 
 
 
 def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
-    """Make DIR/OUTPUT/RUN with args.json, or go on in it. ValueError, and nothing is changed, where
-    it holds a run of other flags or inputs; OSError where another process is at it."""
+    """Make DIR/OUTPUT/RUN with args.json, or go on in it. ValueError, and no change, where it is of
+    other flags or inputs; OSError where another process is at it."""
     run = Path(args.dir, args.output, args.run)
     preprocess = re.sub(" at 0x[0-9a-f]+", "", repr(clip.preprocess))  # functions' addresses
     inputs = {"reports": sha256(list(reports)),
@@ -453,8 +452,8 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
         changes += [f"the {name} changed" for name in inputs
                     if first["inputs"].get(name) != inputs[name]]
         if changes:
-            raise ValueError(f"{run}: holds a run of another configuration ({'; '.join(changes)})\n"
-                             "give another --run, or --overwrite to begin it anew")
+            raise ValueError(f"{run}: a run of another configuration ({'; '.join(changes)})\n"
+                             "give another --run, or begin anew by --overwrite")
         facts = first | {"versions_of_the_last_start": facts["versions"]}
     write(run / "args.json", json.dumps(facts, indent=1))
     return run
@@ -488,7 +487,7 @@ def cached(inputs: list[str], args, compute) -> Tensor:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all, by the first process. OSError where it fails."""
+    """By the first process, whole or not at all."""
     if RANK == 0:
         with whole(path) as part:
             part.write_text(text, "utf-8", "replace")
@@ -510,7 +509,7 @@ def write_torch(path: Path, value) -> None:
 
 
 def read_torch(path: Path):
-    """What write_torch has written, read by the first process; None if it is missing or damaged."""
+    """What write_torch has written, or None where it is missing or damaged."""
     value = None
     try:
         if RANK == 0 and path.exists():
@@ -526,8 +525,8 @@ def read_json(path: Path, keys) -> dict:
         facts = json.loads(path.read_text("utf-8"))
         return {key: facts[key] for key in keys} | facts
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of a run of this version ({error!r}); remove it, or "
-                         "begin the run anew by --overwrite") from None
+        raise ValueError(f"{path}: not of a run of this version ({error!r}); remove it, or begin "
+                         "anew by --overwrite") from None
 
 
 def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
@@ -542,15 +541,15 @@ def resume_training(run: Path, model: ClipIT, optimizer) -> dict:
 
 
 def update_state(state: dict, line: dict, weights: dict[str, Tensor], run: Path, args) -> None:
-    """Keep the model of the best --monitor; --early stops after --patience looks without a better
+    """Keep the best --monitor's model; --early stops after --patience validations without a better
     one by more than --delta. (The authors' looks at the training loss, with a delta of 5.)"""
     if not all(map(math.isfinite, line.values())):
         raise FloatingPointError(f"not finite: {shown(line)}; try a lower --lr\n"
                                  f"{run / 'last.pt'} holds the validation before, if any")
     collapsed = [x for x in [*state["log"], line] if x.get("text_spread", 1) < 0.1]
     if args.lora_text and collapsed == [line]:  # for the first time
-        print("the reports' features have collapsed to one direction (text_spread < 0.1), and "
-              "little is left to distil; --lora-text 0 keeps them")
+        print("the reports' features have collapsed (text_spread < 0.1), little is left to distil; "
+              "--lora-text 0 keeps them")
     value, gain = line.get(args.monitor, line["step"]), math.inf
     if state["best"] and args.monitor != "last":
         gain = (state["best"]["value"] - value) * (1 if args.mod == "min" else -1)
@@ -587,8 +586,8 @@ def progress(title: str, items, total: int):
 
 
 def write_pairs(run: Path, tiles, pairs, similarity, reports: dict[str, str]) -> list[tuple]:
-    """pairs.csv: tile, split, class, its report's number (from 0, of the distinct ones), their
-    cosine, the report's place in the source and first words; returns its rows, of whole reports."""
+    """pairs.csv: tile, split, class, its report's number among the distinct ones, their cosine, the
+    report's place in the source and first words. Returns the rows, with whole reports."""
     places, rows = list(reports.items()), []
     for split in SPLITS:
         nearest = zip(pairs[split].tolist(), similarity[split].tolist())
@@ -612,7 +611,7 @@ def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
 
 
 def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args) -> None:
-    """classifier/, which tells of the run in config.json and the model card, without its paths."""
+    """classifier/, whose config.json and model card tell of the run, without its paths."""
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
              "licence": row.get("licence", "not known here"), "variant": args.variant,
@@ -642,7 +641,6 @@ def found_metrics(run: Path) -> dict | None:
 
 
 def results(metrics: dict) -> str:
-    """The table of a run as text."""
     titles = "".join(title.rjust(12) for title in COLUMNS.values())
     lines = [f"{metrics['test_tiles']} test tiles".ljust(41) + titles]
     for name, row in metrics["rows"].items():
@@ -668,8 +666,8 @@ body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-x: aut
 
 
 def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
-    """report.html: results, confusion and the log of training, once there are any; of every class
-    four training tiles beside their reports, from the highest cosine down."""
+    """report.html: results, confusion, log of training, once there are any; four training tiles of
+    every class beside their reports, from the highest cosine down."""
     title, groups = escape(f"{run.parent.name}/{run.name}"), {}
     parts = [f"{HEAD}<title>{title}</title><h1>{title}</h1>"]
     if metrics:
@@ -711,7 +709,7 @@ def confusion_table(counts: list[list[int]], classes: list[str]) -> str:
 # ---- --table: finished runs, a line a variant ----
 
 ROWS = ("vision head", "text head", "CLIP linear probe", "validation", "trained", "complementarity")
-# 97.5 % quantiles of Student's t, of 1 to 9 degrees of freedom; the last for more, too
+# 97.5 % quantiles of Student's t for n = 2 to 10 seeds; the last for more, too
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -735,7 +733,7 @@ def table(folder: Path, against: str) -> dict:
             print(f"{path.parent}: seed {config['sd']} once more; its first run counts")
         seeds.setdefault(config["sd"], figures)
     if not groups:
-        raise FileNotFoundError(f"--table {folder}: no metrics.json below it; give a --dir of runs")
+        raise FileNotFoundError(f"--table {folder}: no metrics.json below it")
     lines = []
     for (ds, model), group in groups.items():
         common = set.intersection(*map(set, group))  # what all of them have tells nothing
@@ -760,7 +758,7 @@ def table(folder: Path, against: str) -> dict:
 
 
 def difference(runs: dict, reference: dict) -> str:
-    """Mean of `trained` minus the reference's, paired by seed, with its 95 % t interval."""
+    """Mean gain of `trained`, paired by seed, with its 95 % t interval."""
     gains = [figures["trained"] - reference[seed]["trained"] for seed, figures in runs.items()
              if "trained" in figures and "trained" in reference.get(seed, {})]
     if runs is reference or len(gains) < 2:
@@ -845,14 +843,14 @@ def build_parser() -> Parser:
     flag("log", 1, "validations a printed line", 1)
     switch("clip-probe", "also a linear head on CLIP's image features")
     flag("wandb", 0, "1: also to Weights & Biases", **one)
-    flag("table", None, "print the finished runs below this folder and write its table.csv")
+    flag("table", None, "print the finished runs below this folder, write table.csv")
     flag("against", "no-text", "what --table compares with, by flags")
     switch("grad-checkpointing", "less memory, more time")
     return parser
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """Flags with - or, as the authors write them, _. A data set's own defaults are in its row."""
+    """Flags with - or, as the authors', _. A data set's own defaults are in its row."""
     words = sys.argv[1:] if argv is None else map(str, argv)
     words = [re.sub("^--[a-z_]+", lambda match: match[0].replace("_", "-"), word) for word in words]
     parser = build_parser()
@@ -902,7 +900,7 @@ def ask_to_end(number: int, frame) -> None:
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
     if WORLD == 1:
-        print("train.py: ends at the next batch; once more ends it at once", file=sys.stderr)
+        print("train.py: ends at the next batch, at a second signal at once", file=sys.stderr)
 
 
 def leave_signals(worker: int) -> None:
