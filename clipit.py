@@ -300,8 +300,8 @@ def build_backbone(architecture: str, args: dict, pretrained=False, source=None)
 def tile_transform(size: int, mean, std):
     """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. No
     crop_pct: a tile's border is tissue like its centre."""
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"{mean=}, {std=}; expected three numbers each")
+    if len(mean) != 3 or len(std) != 3 or not 0 < size < 10_000:
+        raise ValueError(f"{size=}, {mean=}, {std=}; expected pixels, three numbers, three numbers")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 

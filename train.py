@@ -133,7 +133,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
             logits, t_hat, t = forward(model, images, report, *epoch_text, args)
             loss, parts = clipit_loss(logits, labels, t_hat, t, args.kd_weight)
             (share * loss).backward()
-            sum_over_processes([p.grad for p in trained if p.grad is not None])
+            all_reduce([p.grad for p in trained if p.grad is not None])
             if args.clip:
                 nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
@@ -148,7 +148,7 @@ def train_clipit(model: ClipIT, clip, tiles, pairs, reports, text_emb: Tensor, a
                 continue
 
             # ---- Validate, keep the best state, write what going on needs
-            sum_over_processes(list(sums.values()))
+            all_reduce(list(sums.values()))
             line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             line |= {key: value.item() / (step - state["step"]) for key, value in sums.items()}
             line |= validate(model, tiles["val"], pairs["val"], text, args)
@@ -386,7 +386,7 @@ def drop_words(report: str, share: float, seed: str) -> str:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-def sum_over_processes(tensors: list[Tensor]) -> None:
+def all_reduce(tensors: list[Tensor]) -> None:
     """Each tensor becomes its sum over the processes, in place."""
     if WORLD > 1:
         flat = nn.utils.parameters_to_vector(tensors).detach()
@@ -403,7 +403,7 @@ def gather(rows: Tensor, n: int) -> Tensor:
 
 
 def from_all(fact) -> list:
-    """What each process has for `fact`, the first process's first."""
+    """Every process's `fact`, in order."""
     facts = [fact] * WORLD
     if WORLD > 1:
         dist.all_gather_object(facts, fact)
@@ -422,7 +422,7 @@ RESULTS = ("metrics.json", "predictions.csv", "*.pt", "log.jsonl", "pairs.csv", 
 
 def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
     """Make DIR/OUTPUT/RUN with args.json, or go on in it. ValueError, and no change, where it is of
-    other flags or inputs; OSError where another process is at it."""
+    other flags or inputs; OSError where it is in use."""
     run = Path(args.dir, args.output, args.run)
     preprocess = re.sub(" at 0x[0-9a-f]+", "", repr(clip.preprocess))  # functions' addresses
     inputs = {"reports": sha256(list(reports)),
@@ -448,7 +448,8 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
     if (run / "args.json").exists():
         first = read_json(run / "args.json", facts.keys())
         changes = [f"{key} {first['config'].get(key)!r} there, {value!r} now"
-                   for key, value in config.items() if first["config"].get(key) != value]
+                   for key, value in config.items()
+                   if key != "flags" and first["config"].get(key) != value]
         changes += [f"the {name} changed" for name in inputs
                     if first["inputs"].get(name) != inputs[name]]
         if changes:
@@ -614,7 +615,7 @@ def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args
     """classifier/, whose config.json and model card tell of the run, without its paths."""
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
-             "licence": row.get("licence", "not known here"), "variant": args.variant,
+             "licence": row.get("licence", "unknown"), "variant": args.variant,
              "test_tiles": metrics["test_tiles"],
              "mpp": args.mpp or row.get("mpp"), "side": row.get("side") or tile_side(tiles),
              "metrics": rows[args.variant], "unimodal": rows["vision head"]}
@@ -775,7 +776,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(low: float, high: float):
-    """An argparse type: numbers from low to high; integers where low is one."""
+    """An argparse type: low to high, integers where low is one."""
     def number(text):
         value = type(low)(text)
         if not low <= value <= high:  # NaN is not, either

@@ -191,7 +191,8 @@ def change(**values):
     ("config.json", change(model_args={"depth": 10 ** 9}), "'depth': 10{9}.*: expected no number"),
     ("config.json", change(text_dim=10 ** 9), "size mismatch for distill_head.weight"),
     ("config.json", change(kd_layers=2), "Missing key.*distill_head.0"),
-    ("config.json", change(mean=[0.5]), "mean=.0.5., std=.*; expected three numbers each")])
+    ("config.json", change(size=10 ** 7), "size=10000000, .*; expected pixels"),
+    ("config.json", change(mean=[0.5]), "mean=.0.5., std=.*; expected pixels, three numbers")])
 def test_what_is_no_whole_classifier_is_refused_in_words(call, file, spoil, says):
     path = Path("run/classifier", file)
     if spoil:
