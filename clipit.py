@@ -261,11 +261,11 @@ def load_backbone(name: str, weights=None, size: int | None = None) -> nn.Module
         if v.ndim != 2 or not v.numel():
             raise ValueError(f"its features are {tuple(v.shape)}; expected (B, D)")
     except Exception as error:  # timm and the hub raise of all kinds
-        given = f" --weights {weights}" * bool(weights) + f" --tile-size {size}" * bool(size)
         raise ValueError(
-            f"--model {name}{given}: could not be loaded ({_reason(error)})\nchoose a timm id, "
-            f"hf-hub:org/model, local-dir:folder, --weights FILE or {', '.join(BACKBONES)}; a "
-            "gated one: ask at huggingface.co/MahmoodLab/UNI or its like, then `hf auth login`"
+            f"--model {name} --weights {weights} --tile-size {size}: could not be loaded "
+            f"({_reason(error)})\nchoose a timm id, hf-hub:org/model, local-dir:folder, --weights "
+            f"FILE or {', '.join(BACKBONES)}; a gated one: ask at huggingface.co/MahmoodLab/UNI or "
+            "its like, then `hf auth login`"
         ) from None
     known = name in BACKBONES or not weights  # a file under another name can be anyone's
     licence = known and backbone.pretrained_cfg.get("license") or "see the backbone"

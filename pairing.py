@@ -101,11 +101,11 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     try:
         parts = load_conch(weights, tokenizer) if name == "conch" else load_open_clip(name, weights)
     except Exception as error:  # of all kinds
-        flags = f"--clip-model {name}" + (f" --clip-weights {weights}" if weights else "")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{flags}: could not be loaded ({reason:.300})\n"
-                         f"choose {', '.join(CLIPS)} or an open_clip id, or --clip-weights FILE; "
-                         "conch: ask at huggingface.co/MahmoodLab/CONCH, `hf auth login`") from None
+        raise ValueError(f"--clip-model {name} --clip-weights {weights}: could not be loaded "
+                         f"({reason:.300})\nchoose {', '.join(CLIPS)} or an open_clip id, or "
+                         "--clip-weights FILE; conch: ask at huggingface.co/MahmoodLab/CONCH, "
+                         "`hf auth login`") from None
     finally:
         logging.disable(logging.NOTSET)
     model, preprocess, tokenize = parts

@@ -79,7 +79,7 @@ def main(argv=None) -> dict:
     t = {split: text_emb[pairs[split]] for split in SPLITS}  # (N, d)
     text_head = text_classifier(clip.dim, len(classes))
     p["text head"] = train_head("text head", text_head, t, labels, args.sd)
-    if args.clip_probe:  # what the features know by which the reports were found
+    if args.clip_probe:  # what the pairing's features know
         probe = nn.Linear(clip.dim, len(classes))
         p["CLIP linear probe"] = train_head("CLIP linear probe", probe, image_emb, labels, args.sd)
 
@@ -99,7 +99,7 @@ def main(argv=None) -> dict:
         write_predictions(run, tiles["test"], p[args.variant])
         write_classifier(run, model, tiles["train"], metrics, args)
     write_page(run, rows, metrics)
-    write(run / "metrics.json", json.dumps(metrics, indent=1))  # the last: now all files are there
+    write(run / "metrics.json", json.dumps(metrics, indent=1))  # the last file
     return found_metrics(run)
 
 
@@ -402,6 +402,14 @@ def gather(rows: Tensor, n: int) -> Tensor:
     return gathered
 
 
+def from_first(fact):
+    """The first process's `fact`."""
+    facts = [fact]
+    if WORLD > 1:
+        dist.broadcast_object_list(facts)
+    return facts[0]
+
+
 def from_all(fact) -> list:
     """Every process's `fact`, in order."""
     facts = [fact] * WORLD
@@ -517,7 +525,7 @@ def read_torch(path: Path):
             value = torch.load(path, weights_only=True)
     except Exception as error:  # zipfile, pickle and torch raise of all kinds
         print(f"{path}: damaged ({error!s:.100}), and made anew")
-    return from_all(value)[0]
+    return from_first(value)
 
 
 def read_json(path: Path, keys) -> dict:
@@ -638,7 +646,7 @@ def found_metrics(run: Path) -> dict | None:
     if RANK == 0 and (run / "metrics.json").exists():
         metrics = read_json(run / "metrics.json", {"rows", "complementarity"})
         print(f"\n{results(metrics)}\nthe run lies in {run}; --overwrite begins it anew")
-    return from_all(metrics)[0]
+    return from_first(metrics)
 
 
 def results(metrics: dict) -> str:
@@ -802,10 +810,10 @@ def build_parser() -> Parser:
     flag("reports", None, f".txt of a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
     switch("download", "fetch what is missing of the data and reports to data/")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
-    flag("weights", None, "local weights of the backbone, or `none` for random ones")
+    flag("weights", None, "its local weights, or `none` for random ones")
     flag("tile-size", None, "pixels; unset, the backbone's own", 8, 4096)
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
-    flag("clip-weights", None, "local weights of the pairing model, or `none`")
+    flag("clip-weights", None, "its local weights, or `none`")
     flag("mpp", None, "micrometres a pixel, for whole slides", 0.01, 100.0)
     flag("dir", "runs", "a run is DIR/OUTPUT/RUN")
     flag("output", None, "unset, the name of the data set")
@@ -931,7 +939,7 @@ def cli() -> None:
     except RuntimeError as error:  # no memory, a worker or another process has ended, our mistake
         if sys.flags.dev_mode:
             raise
-        message = (f"{' '.join(str(error).split()):.300}\n{again}; python -X dev train.py ... "
+        message = (f"{' '.join(str(error).split()):.300}\n{again}; python -X dev "
                    "shows where it ended")
     if SIGNALS:  # the shell's rule; before it, workers that ended may have raised anything
         code, message = 128 + SIGNALS[0], f"stopped; {again}"

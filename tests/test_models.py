@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_are_refused_and_none_are_executed(load, name, f
                           (state | {key: torch.ones(7)}, f"size mismatch.*{key}"),
                           (state | {key: Hostile()}, "weights_only"), ("text", "")):
         torch.save(content, "w.pth")
-        with pytest.raises(ValueError, match=f"{flags} w.pth: could not be loaded .*{says}"):
+        with pytest.raises(ValueError, match=f"{flags} w.pth.*: could not be loaded .*{says}"):
             load(name, "w.pth")
     assert not Path("executed").exists()
 
@@ -262,7 +262,7 @@ def test_a_config_that_would_run_code_is_refused_before_more_is_fetched(
     write_config(tmp_path, **{part: setting})
     (tmp_path / "open_clip_model.safetensors").touch()
     for name in (f"local-dir:{tmp_path}", "hf-hub:org/model"):
-        with pytest.raises(ValueError, match=f"{name}: could not be loaded .*{says}"):
+        with pytest.raises(ValueError, match=f"{name} .*: could not be loaded .*{says}"):
             load_clip(name)
     if "transformers" not in says:
         assert hub.asked == [("org/model", "open_clip_config.json", None)]
@@ -297,6 +297,6 @@ def test_a_refusal_names_model_reason_and_ways_out(load, name, given, hub, monke
         with pytest.raises(ValueError) as raised:
             load(name)
         first, second = str(raised.value).splitlines()
-        assert first.startswith(f"{flag} {name}: could not be loaded ({reason}")
+        assert first.startswith(f"{flag} {name} ") and f": could not be loaded ({reason}" in first
         assert " ".join(str(hub.error or "").split()) in first
         assert all(way_out in second for way_out in ways_out)
