@@ -132,6 +132,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
         """Of a run's folder, its classifier/, a hub id; kwargs: snapshot_download's. ValueError."""
         folder = next(filter(Path.is_dir, (Path(source, "classifier"), Path(source))), None)
         try:
+            if not folder and (Path(source).is_absolute() or str(source).count("/") > 1):
+                raise FileNotFoundError("no such folder")
             if not folder:
                 folder = snapshot_download(str(source), allow_patterns=cls.FILES, **kwargs)
             config, weights = (Path(folder, name) for name in cls.FILES)
@@ -141,9 +143,8 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
             load_model(classifier := cls(config), weights)
             return classifier
         except Exception as error:  # of files, weights, the hub
-            missing = "" if folder else "no such folder; on the hub "
             raise ValueError(
-                f"{source}: no classifier could be loaded ({missing}{_reason(error)})\nexpected "
+                f"{source}: no classifier could be loaded ({_reason(error)})\nexpected "
                 f"{' and '.join(cls.FILES)} in a run's folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -352,8 +353,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("clipit.py", usage=argparse.SUPPRESS)  # one line an error
     parser.add_argument("model", help="a run's folder, its classifier/ or a hub id")
     parser.add_argument("images", nargs="*", type=Path, help="image files, folders of them")
-    parser.add_argument("--csv", type=Path, help="the file to write; unset, standard output")
-    parser.add_argument("--wsinfer", type=Path, help="a new folder, for the model as WSInfer's")
+    parser.add_argument("--csv", type=Path, help="unset, standard output")
+    parser.add_argument("--wsinfer", type=Path, help="a new folder, for WSInfer")
     args = parser.parse_args(argv)
     if args.csv and args.csv.is_dir():
         parser.error(f"--csv {args.csv}: expected a file")
@@ -362,7 +363,7 @@ def main(argv=None) -> int:
         inside = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
         paths += sorted(inside) if path.is_dir() else [path]
     if not paths and not args.wsinfer:
-        parser.error("images: expected image files, or folders of them")
+        parser.error("images: expected image files or folders")
     model = Classifier.from_pretrained(args.model)
     if args.wsinfer:
         write_wsinfer(model, args.wsinfer)

@@ -282,7 +282,6 @@ def load_models(args):
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products vary
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time
     torch.backends.cudnn.allow_tf32 = False  # fp32 throughout
     torch.manual_seed(args.sd)  # of random weights
     clip = load_clip(args.clip_model, args.clip_weights, device=args.device)
