@@ -51,7 +51,7 @@ class ClipIT(nn.Module):
         self.text_head = text_classifier(text_dim, num_classes)  # h_t
         self.fusion = nn.Linear(2 * num_classes, num_classes)
         if not random_fusion:
-            # h_v(v) + h_t(t-hat): LoRA would first bend the backbone to suit a random mix of them
+            # starts as h_v + h_t: LoRA would first bend the backbone to suit a random mix
             self.fusion.weight.data[:] = torch.eye(num_classes).repeat(1, 2)
             nn.init.zeros_(self.fusion.bias)
 
@@ -77,7 +77,8 @@ class ClipIT(nn.Module):
         """BatchNorm stays in eval mode: a frozen backbone's statistics are frozen too."""
         super().train(mode)
         for module in self.backbone.modules():
-            module.training &= not isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     def to_classifier(self, classes: list[str], run: dict | None = None) -> "Classifier":

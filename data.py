@@ -64,7 +64,7 @@ def load_tiles(ds, split, root="data", transform=None) -> Tiles:
     without a val/, a fifth of every class in train/ is "val". Raises OSError, ValueError."""
     row, folder = DATASETS.get(ds, {}), dataset_folder(ds, root)
     archives = row.get("archives") or {name: (name, "", None) for name in SPLITS}
-    whole = split == "test" or "val" in archives and (folder / archives["val"][0]).exists()
+    whole = split == "test" or ("val" in archives and (folder / archives["val"][0]).exists())
     to, _, count = archives[split if whole else "train"]
     part, classes = folder / to, row.get("classes") or find_classes(folder / "train")[0]
     if part.suffix == ".h5":

@@ -100,7 +100,7 @@ def load_clip(name: str, weights=None, tokenizer=None, device="cpu") -> Clip:
     logging.disable(logging.WARNING)  # open_clip's "initialized randomly"
     try:
         parts = load_conch(weights, tokenizer) if name == "conch" else load_open_clip(name, weights)
-    except Exception as error:  # of all kinds
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"--clip-model {name} --clip-weights {weights}: could not be loaded "
                          f"({reason:.300})\nchoose {', '.join(CLIPS)} or an open_clip id, or "
@@ -119,8 +119,9 @@ def load_open_clip(name: str, weights):
     import open_clip
     from huggingface_hub import hf_hub_download
 
-    # With weights quilt needs no hub
-    source = CLIPS.get(name, (name, name))[bool(weights)]
+    source, architecture = CLIPS.get(name, (name, name))
+    if weights:  # then quilt needs no hub
+        source = architecture
     kind, _, place = source.partition(":")
     config, tag, tokenizer = Path(place, "open_clip_config.json"), "", None
     if kind == "hf-hub":
