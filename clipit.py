@@ -331,7 +331,7 @@ def whole(path: Path):
             _sync(part, *part.rglob("*"))
             if path.is_dir() and part.is_dir():  # a folder cannot be renamed over another
                 path.rename(f"{part}.old")
-            part.replace(path)
+            os.replace(part, path)
         _sync(path.parent)
     except Exception as error:  # safetensors' are of its own kind
         raise OSError(f"{path}: could not be written ({_reason(error)})\nmake room or take another "
