@@ -149,7 +149,7 @@ class Classifier(ClipIT, PyTorchModelHubMixin):
                 f"{' and '.join(cls.FILES)} in a run's folder or on the hub") from None
 
     def save_pretrained(self, save_directory, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, config=self.config, **kwargs)
         # safetensors 0.8 writes for the owner alone; the config's mode follows the umask
         shutil.copymode(*(Path(save_directory, name) for name in self.FILES))
 
@@ -302,8 +302,9 @@ def build_backbone(architecture: str, args: dict, pretrained=False, source=None)
 def tile_transform(size: int, mean, std):
     """PIL image -> (3, size, size), as kaiko-eva's ResizeAndCrop: on uint8, in this order. No
     crop_pct: a tile's border is tissue like its centre."""
+    mean, std = [*map(float, mean)], [*map(float, std)]
     if len(mean) != 3 or len(std) != 3 or not 0 < size < 10_000:
-        raise ValueError(f"{size=}, {mean=}, {std=}; expected pixels, three numbers, three numbers")
+        raise ValueError(f"{size=}, {mean=}, {std=}; expected pixels, three numbers each")
     return v2.Compose([v2.PILToTensor(), v2.Resize(size), v2.CenterCrop(size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 

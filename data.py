@@ -78,9 +78,10 @@ def load_tiles(ds, split, root="data", transform=None) -> Tiles:
                              f"or more: {classes[:20]}")
         folders = {str(part / name): label for label, name in enumerate(names)}
         paths, labels = zip(*make_dataset("", folders, IMG_EXTENSIONS))
-        others = sum(len(files) for _, _, files in os.walk(part, followlinks=True)) - len(paths)
-        if others and part.name == split:  # of a user's folder, and once
-            print(f"{others} files in {part} are not CLASS/*{' *'.join(IMG_EXTENSIONS)}")
+        if part.name == split:  # a user's folder, and once
+            others = sum(len(x) for _, _, x in os.walk(part, followlinks=True)) - len(paths)
+            if others:
+                print(f"{others} files in {part} are not CLASS/*{' *'.join(IMG_EXTENSIONS)}")
     if count and not count == len(paths) == len(labels):
         raise ValueError(f"{part}: {len(paths)} tiles, {len(labels)} labels, expected {count}; "
                          "remove it, and --download fetches it again")

@@ -97,7 +97,7 @@ def main(argv=None) -> dict:
                "test_tiles": len(labels["test"]), "classes": classes, "best": best}
     if args.ep:
         write_predictions(run, tiles["test"], p[args.variant])
-        write_classifier(run, model, tiles["train"], metrics, args)
+        write_classifier(run, classifier, tiles["train"], metrics, args)
     write_page(run, rows, metrics)
     write(run / "metrics.json", json.dumps(metrics, indent=1))  # the last file
     return found_metrics(run)
@@ -394,11 +394,13 @@ def all_reduce(tensors: list[Tensor]) -> None:
 
 
 def gather(rows: Tensor, n: int) -> Tensor:
-    """All n rows in order, on the CPU, of what each process has."""
-    gathered = torch.empty(n, *rows.shape[1:])
-    for rank, part in enumerate(from_all(rows.cpu())):
-        gathered[rank::WORLD] = part[:len(gathered[rank::WORLD])]
-    return gathered
+    """All n rows in order, on the CPU, of what each process has: a sum with zeros."""
+    if WORLD > 1:
+        padded = torch.zeros(n, *rows.shape[1:], device=rows.device)
+        padded[RANK::WORLD] = rows[:len(range(RANK, n, WORLD))]
+        all_reduce([padded])
+        rows = padded
+    return rows.cpu()
 
 
 def from_first(fact):
@@ -407,14 +409,6 @@ def from_first(fact):
     if WORLD > 1:
         dist.broadcast_object_list(facts)
     return facts[0]
-
-
-def from_all(fact) -> list:
-    """Every process's `fact`, in order."""
-    facts = [fact] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(facts, fact)
-    return facts
 
 
 # ---- A run's folder and its files ----
@@ -441,7 +435,9 @@ def open_run(args, clip, backbone: nn.Module, tiles, reports) -> Path:
         times = [(file.st_size, file.st_mtime_ns) for file in stats]
         inputs[f"{split} tiles"] = sha256(paths, tiles[split].labels, times)
     args.inputs = inputs
-    if any(theirs != inputs for theirs in from_all(inputs)):
+    differ = torch.tensor(float(from_first(inputs) != inputs), device=args.device)
+    all_reduce([differ])  # all of them stop
+    if differ:
         raise ValueError("the processes see different tiles, reports or weights; give all the same")
     if RANK:
         return run
@@ -494,11 +490,15 @@ def cached(inputs: list[str], args, compute) -> Tensor:
     return tensor
 
 
-def write(path: Path, text: str) -> None:
-    """By the first process, whole or not at all."""
+def write_file(path: Path, save) -> None:
+    """save(a temporary path) by the first process, whole or not at all."""
     if RANK == 0:
         with whole(path) as part:
-            part.write_text(text, "utf-8", "replace")
+            save(part)
+
+
+def write(path: Path, text: str) -> None:
+    write_file(path, lambda part: part.write_text(text, "utf-8", "replace"))
 
 
 def write_csv(path: Path, rows) -> None:
@@ -508,12 +508,12 @@ def write_csv(path: Path, rows) -> None:
 
 
 def write_torch(path: Path, value) -> None:
-    """torch.save by way of memory: on a full disk its own writer does not say so."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    if RANK == 0:
-        with whole(path) as part:
-            part.write_bytes(file.getbuffer())
+    """By way of memory: on a full disk torch.save's own writer does not say so."""
+    def save(part):
+        file = io.BytesIO()
+        torch.save(value, file)
+        part.write_bytes(file.getbuffer())
+    write_file(path, save)
 
 
 def read_torch(path: Path):
@@ -531,8 +531,10 @@ def read_json(path: Path, keys) -> dict:
     """What a run has written there; ValueError where it lacks one of the keys."""
     try:
         facts = json.loads(path.read_text("utf-8"))
-        return {key: facts[key] for key in keys} | facts
-    except (ValueError, LookupError, TypeError) as error:
+        if missing := keys - facts.keys():
+            raise ValueError(f"no {missing}")
+        return facts
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not of a run of this version ({error!r}); remove it, or begin "
                          "anew by --overwrite") from None
 
@@ -618,7 +620,7 @@ def write_predictions(run: Path, tiles: Tiles, p: Tensor) -> None:
     write_csv(run / "predictions.csv", rows)
 
 
-def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args) -> None:
+def write_classifier(run: Path, classifier, tiles: Tiles, metrics: dict, args) -> None:
     """classifier/, whose config.json and model card tell of the run, without its paths."""
     row, rows = DATASETS.get(args.ds, {}), metrics["rows"]
     facts = {"data": row.get("title", Path(args.ds).resolve().name),
@@ -629,10 +631,8 @@ def write_classifier(run: Path, model: ClipIT, tiles: Tiles, metrics: dict, args
     if not args.no_text:
         facts |= {"reports": Path(args.reports).name,
                   "clip_model": re.sub("(?<=local-dir:).*/", "", args.clip_model)}
-    classifier = model.to_classifier(metrics["classes"], facts)
-    if RANK == 0:
-        with whole(run / "classifier") as part:
-            classifier.save_pretrained(part)
+    classifier.config["run"] = facts
+    write_file(run / "classifier", classifier.save_pretrained)
 
 
 COLUMNS = {"balanced_accuracy": "bal. acc.", "accuracy": "accuracy", "macro_f1": "macro F1"}
@@ -676,13 +676,15 @@ body { font: 1rem/1.5 system-ui; max-width: 72rem; margin: auto; overflow-x: aut
 def write_page(run: Path, rows: list[tuple], metrics=None) -> None:
     """report.html: results, confusion, log of training, once there are any; four training tiles of
     every class beside their reports, from the highest cosine down."""
+    if RANK:
+        return
     title, groups = escape(f"{run.parent.name}/{run.name}"), {}
     parts = [f"{HEAD}<title>{title}</title><h1>{title}</h1>"]
     if metrics:
         name, row = list(metrics["rows"].items())[-1]
         parts += [f"<pre>{escape(results(metrics))}</pre><h2>Confusion of {name}</h2>",
                   confusion_table(row["confusion"], metrics["classes"])]
-    if metrics and metrics["best"] and RANK == 0:
+    if metrics and metrics["best"]:
         log = [shown(json.loads(line)) for line in open(run / "log.jsonl")]
         parts += ["<h2>Training</h2><pre>", *log, "</pre>"]
     parts.append("<h2>Pairs</h2><p>Cosines of training tiles and reports; labels took no part.</p>")
@@ -807,9 +809,9 @@ def build_parser() -> Parser:
     one = dict(type=int, choices=(0, 1), nargs="?", const=1)  # --early, --early 1
     flag("ds", "demo", f"{', '.join(DATASETS)}, or a folder with train/, test/, perhaps val/")
     flag("reports", None, f".txt of a report a line, .csv, .jsonl, folder; {', '.join(REPORTS)}")
-    switch("download", "fetch what is missing of the data and reports to data/")
+    switch("download", "fetch missing data and reports to data/")
     flag("model", "UNI", f"backbone: {', '.join(BACKBONES)}, a timm id, hf-hub:..., local-dir:...")
-    flag("weights", None, "its local weights, or `none` for random ones")
+    flag("weights", None, "its local weights, or `none` for random")
     flag("tile-size", None, "pixels; unset, the backbone's own", 8, 4096)
     flag("clip-model", "conch", f"pairing model: {', '.join(CLIPS)} or an open_clip id")
     flag("clip-weights", None, "its local weights, or `none`")
@@ -826,11 +828,11 @@ def build_parser() -> Parser:
     flag("ep", 20, "epochs; 0: pairs and heads alone", 0)
     flag("worker", min(os.cpu_count() or 1, 8), "processes that decode tiles", 0)
     flag("clip", 0.5, "largest norm of the gradient; 0: no limit", 0.0)
-    flag("scheduler", 0, "1: cosine by step down to a tenth", **one)
+    flag("scheduler", 0, "1: cosine by step to a tenth", **one)
     flag("lora-r", 16, "rank", 1)
-    flag("lora-alpha", 8.0, "the update is scaled by alpha / rank", 1e-9)
+    flag("lora-alpha", 8.0, "scales by alpha / rank", 1e-9)
     flag("lora-dropout", 0.0, "before the down projection", 0.0, 0.99)
-    flag("lora-text", 0, "1: train the text tower too, as the paper does", **one)
+    flag("lora-text", 0, "1: train the text tower too, as the paper", **one)
     flag("lora-vision", 1, "0: the backbone stays as it is", **one)
     flag("lora-targets", [*TARGETS], "layers that LoRA adapts", nargs="+", choices=[*TARGETS])
     switch("no-lin", "--lora-targets conv2d embedding")
@@ -843,7 +845,7 @@ def build_parser() -> Parser:
     flag("val-int", 1.0, "epochs between validations", 1e-9)
     flag("monitor", "val_bacc", "what chooses the state that is tested",
          choices=("val_loss", "val_ce", "val_acc", "val_bacc", "last"))
-    flag("mod", None, "unset, min for losses and max for accuracies", choices=("min", "max"))
+    flag("mod", None, "unset, min for losses, max for accuracies", choices=("min", "max"))
     flag("early", 0, "1: stop when --monitor stands still", **one)
     flag("patience", 5, "validations that --early waits", 1)
     flag("delta", 0.0, "least improvement for --early", 0.0)
@@ -851,7 +853,7 @@ def build_parser() -> Parser:
     flag("log", 1, "validations a printed line", 1)
     switch("clip-probe", "also a linear head on CLIP's image features")
     flag("wandb", 0, "1: also to Weights & Biases", **one)
-    flag("table", None, "print the finished runs below this folder, write table.csv")
+    flag("table", None, "print the runs below this folder, write table.csv")
     flag("against", "no-text", "what --table compares with, by flags")
     switch("grad-checkpointing", "less memory, more time")
     return parser
@@ -912,8 +914,8 @@ def ask_to_end(number: int, frame) -> None:
 
 
 def leave_signals(worker: int) -> None:
-    """In a worker: Ctrl-C is the run's, which ends its workers by SIGTERM. That must look like an
-    end of their own, which torch does not take for a crash."""
+    """In a worker: Ctrl-C is the run's, which ends its workers by SIGTERM. torch must not take that
+    for a crash."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 

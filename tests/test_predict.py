@@ -192,7 +192,8 @@ def change(**values):
     ("config.json", change(text_dim=10 ** 9), "size mismatch for distill_head.weight"),
     ("config.json", change(kd_layers=2), "Missing key.*distill_head.0"),
     ("config.json", change(size=10 ** 7), "size=10000000, .*; expected pixels"),
-    ("config.json", change(mean=[0.5]), "mean=.0.5., std=.*; expected pixels, three numbers")])
+    ("config.json", change(mean=[0.5]), "mean=.0.5., std=.*; expected pixels, three numbers"),
+    ("config.json", change(std="abc"), "could not convert string to float: 'a'")])
 def test_what_is_no_whole_classifier_is_refused_in_words(call, file, spoil, says):
     path = Path("run/classifier", file)
     if spoil:
